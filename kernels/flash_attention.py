@@ -7,6 +7,8 @@ A query at row position p attends only to keys of its own document; positions be
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def attention_reference(
         k_HSD = k_BSKD[b].transpose(0, 1).repeat_interleave(groups, 0)
         v_HSD = v_BSKD[b].transpose(0, 1).repeat_interleave(groups, 0)
         parts, done = [], 0
-        for start, end in zip(ends, ends[1:]):
+        for start, end in pairwise(ends):
             first, last = max(start - q_offset, 0), min(end - q_offset, T)
             if first >= last:
                 continue

@@ -1,7 +1,7 @@
 """Output projection and cross-entropy in one, chunked over tokens so that the logits of a batch never exist at once.
 
-Vocabulary-parallel (Shoeybi et al. 2019, section 3): each rank of `group` holds rows [vocab_start, vocab_start + V) of the
-weight; row maxima, sums of exponentials and target logits are reduced over the group.
+Vocabulary-parallel (Shoeybi et al. 2019, section 3): each rank of `group` holds rows [vocab_start, vocab_start + V) of
+the weight; row maxima, sums of exponentials and target logits are reduced over the group.
 """
 
 from __future__ import annotations
