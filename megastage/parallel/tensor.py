@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022) from one table of names.
 
 The decoder is plain PyTorch. `apply` gives each of its parameters a place on the tp mesh as a DTensor and changes the
-class of the module that owns it; forward then works on local shards with explicit collectives. Between the sub-layers the
-hidden state holds this rank's share of the sequence, [B, T/tp, D].
+class of the module that owns it; forward then works on local shards with explicit collectives. Between the sub-layers
+the hidden state holds this rank's share of the sequence, [B, T/tp, D].
 """
 
 from __future__ import annotations
