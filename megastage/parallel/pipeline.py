@@ -6,6 +6,8 @@ part runs its micro-batches in a plain loop behind the same interface.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from megastage.config.schema import Parallelism
 from megastage.data.batch import Batch
 from megastage.loss import ModelPart
 
@@ -38,6 +41,45 @@ def split_layers(n_layers: int, parts: int, first_less: int = 1, last_less: int 
     bounds = [min(max(bound, i), n_layers - (parts - i)) for i, bound in enumerate(bounds)]
     bounds[0], bounds[-1] = 0, n_layers
     return [range(a, b) for a, b in pairwise(bounds)]
+
+
+def split_model(table: Parallelism, n_layers: int) -> list[range]:
+    """The layers of each part as [parallelism] asks: by explicit split points, layers per part, or evenly.
+
+    Raises ValueError naming the key that can't be met.
+    """
+    parts = table.pipeline_parallel_degree
+    if table.pipeline_parallel_split_points:
+        return _split_at(table.pipeline_parallel_split_points, n_layers, parts)
+    per_part = table.pipeline_parallel_layers_per_stage
+    if per_part is not None and parts > 1 and -(-n_layers // per_part) != parts:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_layers_per_stage = {per_part}: {n_layers} layers then make "
+            f"{-(-n_layers // per_part)} parts, but pipeline_parallel_degree = {parts}; make the two agree"
+        )
+    if per_part is not None and parts > 1:
+        return [range(i * per_part, min((i + 1) * per_part, n_layers)) for i in range(parts)]
+    return split_layers(
+        n_layers,
+        parts,
+        table.pipeline_parallel_first_stage_less_layers,
+        table.pipeline_parallel_last_stage_less_layers,
+    )
+
+
+def _split_at(points: Sequence[str], n_layers: int, parts: int) -> list[range]:
+    key = f"parallelism.pipeline_parallel_split_points = {list(points)}"
+    if len(points) != parts - 1:
+        raise ValueError(f"{key}: pipeline_parallel_degree = {parts} needs {parts - 1} split points")
+    starts = []
+    for point in points:
+        match = re.fullmatch(r"layers\.(\d+)", point)
+        if match is None or not 0 < int(match[1]) < n_layers:
+            raise ValueError(f'{key}: "{point}" names no layer after the first; write "layers.N", 0 < N < {n_layers}')
+        starts.append(int(match[1]))
+    if sorted(set(starts)) != starts:
+        raise ValueError(f"{key}: the layers must ascend")
+    return [range(a, b) for a, b in pairwise([0, *starts, n_layers])]
 
 
 class Runner(Protocol):
