@@ -13,11 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
+# torch 2.13 renamed both; 2.11 and 2.12 have the old names only
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter_sum = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, T/n, ...] on each rank -> [B, T, ...] on all."""
     B, rest = x.shape[0], x.shape[2:]
-    flat = functional.all_gather_tensor(x.contiguous().flatten(0, 1), 0, group)
+    flat = _all_gather(x.contiguous().flatten(0, 1), 0, group)
     return _wait(flat).view(group.size(), B, -1, *rest).transpose(0, 1).reshape(B, -1, *rest)
 
 
@@ -25,7 +29,7 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums [B, T, ...] -> this rank's [B, T/n, ...] of the total."""
     n, (B, T), rest = group.size(), x.shape[:2], x.shape[2:]
     blocks = x.view(B, n, T // n, *rest).transpose(0, 1).reshape(n * B * (T // n), *rest)
-    return _wait(functional.reduce_scatter_tensor(blocks, "sum", 0, group)).view(B, T // n, *rest)
+    return _wait(_reduce_scatter_sum(blocks, "sum", 0, group)).view(B, T // n, *rest)
 
 
 def _wait(x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from megastage.loss import ModelPart
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def shard(part: ModelPart, mesh: DeviceMesh, *, param_dtype: str, reduce_dtype: str, reshard_after_forward: bool) -> None:
+def shard(
+    part: ModelPart, mesh: DeviceMesh, *, param_dtype: str, reduce_dtype: str, reshard_after_forward: bool
+) -> None:
     """Shard every parameter over `mesh`: one unit per layer, one for embedding, norm and head together.
 
     param_dtype: compute and all-gather; reduce_dtype: gradient reduce-scatter. Master weights keep their own dtype.

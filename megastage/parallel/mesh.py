@@ -13,7 +13,7 @@ from megastage.config.layout import Layout
 
 @dataclass(frozen=True)
 class Mesh:
-    """Groups of one run. Dimensions of `root`: pp, rep (replicas of HSDP), shard (FSDP, context parallel inside), tp."""
+    """Groups of one run. Dimensions of `root`: pp, rep (replicas, HSDP), shard (FSDP; context parallel inside), tp."""
 
     layout: Layout
     root: DeviceMesh

@@ -1,11 +1,12 @@
 """Pipeline parallelism: which layers a rank holds, and the schedule that runs one optimizer step's micro-batches.
 
-Shapes are fixed when a schedule is made, so every stage gets its own schedule over the same module. A pipeline of one part
-runs its micro-batches in a plain loop behind the same interface.
+Shapes are fixed when a schedule is made, so every stage gets its own schedule over the same module. A pipeline of one
+part runs its micro-batches in a plain loop behind the same interface.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -30,12 +31,13 @@ def split_layers(n_layers: int, parts: int, first_less: int = 1, last_less: int 
     effective = n_layers + first_less + last_less
     if n_layers < parts or effective < parts:
         raise ValueError(
-            f"parallelism.pipeline_parallel_degree = {parts}: the model has only {n_layers} layers; use a smaller degree"
+            f"parallelism.pipeline_parallel_degree = {parts}: the model has only {n_layers} layers; "
+            "use a smaller degree"
         )
     bounds = [round(effective * i / parts) - first_less for i in range(parts + 1)]
     bounds = [min(max(bound, i), n_layers - (parts - i)) for i, bound in enumerate(bounds)]
     bounds[0], bounds[-1] = 0, n_layers
-    return [range(a, b) for a, b in zip(bounds, bounds[1:])]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 class Runner(Protocol):
@@ -117,5 +119,3 @@ class PipelineRunner:
         for loss in self.loss_sums:
             total += loss
         return total
-
-

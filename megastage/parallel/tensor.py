@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022) from one table of names.
 
-The decoder is plain PyTorch. `apply` gives each of its parameters a place on the tp mesh as a DTensor and changes the class
-of the module that owns it; forward then works on local shards with explicit collectives. Between the sub-layers the
-hidden state holds this rank's share of the sequence, [B, T/tp, D].
+The decoder is plain PyTorch. `apply` gives each of its parameters a place on the tp mesh as a DTensor and changes the
+class of the module that owns it; forward then works on local shards with explicit collectives. Between the sub-layers
+the hidden state holds this rank's share of the sequence, [B, T/tp, D].
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class ColumnLinear(_OnMesh, Linear):
 
 
 class RowLinear(_OnMesh, Linear):
-    """Columns of the weight (input features) are sharded; partial outputs are summed and scattered along the sequence."""
+    """Columns of the weight (input features) are sharded; partial outputs are summed and scattered over T."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce_scatter_sequence(F.linear(x, self.local_weight()), self.tp_group)
 
 
 class ReplicatedRMSNorm(_OnMesh, RMSNorm):
-    """Every rank holds the weight and sees only its share of the sequence (or of the heads): gradients are partial sums."""
+    """Every rank holds the weight but sees its share of the sequence (or heads) only: gradients are partial sums."""
 
     def local_weight(self) -> Tensor:
         return _local(self.weight, [Partial()])
