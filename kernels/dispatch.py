@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -23,15 +24,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def use_triton(backend: str, device: torch.device, op: str = "kernel") -> bool:
+def use_triton(backend: str, device: torch.device, op: str = "kernel", dtype: torch.dtype | None = None) -> bool:
     """True if `op` shall run its Triton kernel on `device`, False for the reference.
 
+    dtype: of the operands; "auto" leaves what is not in KERNEL_DTYPES (fp64) to the reference.
     Raises ValueError for an unknown backend and for "triton" where no kernel can run.
     """
     if backend == "torch":
         return False
     if backend == "auto":
-        return device.type == "cuda" and HAS_TRITON
+        return device.type == "cuda" and HAS_TRITON and (dtype is None or dtype in KERNEL_DTYPES)
     if backend != "triton":
         raise ValueError(f"kernels.{op} = {backend!r} is not a backend: choose one of {', '.join(BACKENDS)}")
     if not HAS_TRITON:
@@ -41,6 +43,8 @@ def use_triton(backend: str, device: torch.device, op: str = "kernel") -> bool:
             f'kernels.{op} = "triton" on the CPU runs only in Triton\'s interpreter: start the process with '
             'TRITON_INTERPRET=1 (slow, for tests), or use "auto"'
         )
+    if dtype is not None and dtype not in KERNEL_DTYPES:
+        raise ValueError(f'kernels.{op} = "triton" has no kernel for {dtype}: use "auto" or "torch"')
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f'kernels.{op} = "triton" has no kernel for device type {device.type!r}: use "torch"')
     return True
