@@ -7,6 +7,8 @@ A folder with four files, described byte by byte in docs/data-formats.md:
     pages.crc32     little-endian uint32, the CRC-32 of each page (`page_bytes`) of tokens.bin
     metadata.json   written last; without it the folder is not a data set
 
+and, when it is known, tokenizer.json: a copy of the tokenizer for those who decode.
+
 The folder is staged beside its target and renamed into place, so it appears whole or not at all.
 """
 
@@ -29,7 +31,8 @@ FORMAT = "megastage.packed_memmap"
 VERSION = 1
 PAGE_BYTES = 1 << 20
 TOKENS, DOCUMENTS, PAGES, METADATA = "tokens.bin", "documents.bin", "pages.crc32", "metadata.json"
-FILES = (TOKENS, DOCUMENTS, PAGES, METADATA)
+TOKENIZER = "tokenizer.json"
+FILES = (TOKENS, DOCUMENTS, PAGES, METADATA, TOKENIZER)
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _METADATA_LIMIT_BYTES = 1 << 20
@@ -43,11 +46,19 @@ class PackedMemmapError(ValueError):
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What is recorded of the tokenizer that made the tokens; `sha256` is over its canonical content."""
+    """What is recorded of the tokenizer that made the tokens; `sha256` is over its canonical content.
+
+    `sha256` and `vocab_size` are None for tokens converted from a format that records only a name.
+    """
 
     name: str
-    sha256: str
-    vocab_size: int
+    sha256: str | None
+    vocab_size: int | None
+
+    @property
+    def id_limit(self) -> int:
+        """One more than the largest id that may occur; 2^32 where the vocabulary is unknown."""
+        return 1 << 32 if self.vocab_size is None else self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class PackedMemmapWriter:
         *,
         eos_id: int | None = None,
         tokenizer: TokenizerFacts | None = None,
+        tokenizer_json: bytes | None = None,
         page_bytes: int = PAGE_BYTES,
         overwrite: bool = False,
     ) -> None:
@@ -112,7 +124,7 @@ class PackedMemmapWriter:
             raise ValueError(f"dtype {dtype!r}: packed_memmap holds 'uint16' or 'uint32'")
         if page_bytes <= 0 or page_bytes % 4:
             raise ValueError(f"page_bytes {page_bytes}: must be a positive multiple of 4")
-        self._limit = min(1 << (8 * _DTYPES[dtype].itemsize), tokenizer.vocab_size if tokenizer else 1 << 32)
+        self._limit = min(1 << (8 * _DTYPES[dtype].itemsize), tokenizer.id_limit if tokenizer else 1 << 32)
         if eos_id is not None and not 0 <= eos_id < self._limit:
             raise ValueError(f"eos_id {eos_id}: outside 0 .. {self._limit - 1} (dtype {dtype} and the vocabulary)")
         self._dtype, self._eos_id, self._tokenizer, self._page_bytes = dtype, eos_id, tokenizer, page_bytes
@@ -122,6 +134,8 @@ class PackedMemmapWriter:
         self._pages = _PageChecksums(page_bytes)
         self._staged = StagedFolder(folder, overwrite=overwrite, is_ours=is_ours)
         self.folder = self._staged.target
+        if tokenizer_json is not None:
+            write_atomically(self._staged.path / TOKENIZER, tokenizer_json)
         self._tokens_file: BinaryIO = open(self._staged.path / TOKENS, "wb", buffering=_CHUNK_BYTES)  # noqa: SIM115
         self._documents_file: BinaryIO = open(self._staged.path / DOCUMENTS, "wb", buffering=1 << 16)  # noqa: SIM115
 
@@ -269,17 +283,22 @@ def _parse_metadata(file: Path, content: dict[str, Any]) -> PackedMemmapMetadata
     eos_id, tokenizer = content["eos_id"], content["tokenizer"]
     if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < 1 << 32):
         raise PackedMemmapError(f"{file}: eos_id is {eos_id!r}, expected null or a token id")
-    facts = None
-    if tokenizer is not None:
-        try:
-            facts = TokenizerFacts(**tokenizer)
-        except TypeError:
-            raise PackedMemmapError(f"{file}: tokenizer is {tokenizer!r}, expected name, sha256, vocab_size") from None
-        if type(facts.vocab_size) is not int or facts.vocab_size < 1:
-            raise PackedMemmapError(f"{file}: tokenizer.vocab_size is {facts.vocab_size!r}, expected at least 1")
-        if not isinstance(facts.name, str) or not re.fullmatch("[0-9a-f]{64}", str(facts.sha256)):
-            raise PackedMemmapError(f"{file}: tokenizer.sha256 is {facts.sha256!r}, expected 64 hexadecimal digits")
+    facts = None if tokenizer is None else _parse_tokenizer(file, tokenizer)
     return PackedMemmapMetadata(**{name: content[name] for name in _FIELDS if name != "tokenizer"}, tokenizer=facts)
+
+
+def _parse_tokenizer(file: Path, content: Any) -> TokenizerFacts:
+    try:
+        facts = TokenizerFacts(**content)
+    except TypeError:
+        raise PackedMemmapError(f"{file}: tokenizer is {content!r}, expected name, sha256, vocab_size") from None
+    if not isinstance(facts.name, str):
+        raise PackedMemmapError(f"{file}: tokenizer.name is {facts.name!r}, expected a string")
+    if facts.vocab_size is not None and (type(facts.vocab_size) is not int or facts.vocab_size < 1):
+        raise PackedMemmapError(f"{file}: tokenizer.vocab_size is {facts.vocab_size!r}, expected null or at least 1")
+    if facts.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(facts.sha256)):
+        raise PackedMemmapError(f"{file}: tokenizer.sha256 is {facts.sha256!r}, expected null or 64 hexadecimal digits")
+    return facts
 
 
 def open_packed_memmap(folder: str | os.PathLike[str], *, check_index: bool = True) -> PackedMemmap:
@@ -351,7 +370,7 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], None] | Non
     data = open_packed_memmap(folder)
     metadata, file = data.metadata, data.path / TOKENS
     per_page = metadata.page_bytes // data.tokens.itemsize
-    limit = metadata.tokenizer.vocab_size if metadata.tokenizer else 1 << 32
+    limit = metadata.tokenizer.id_limit if metadata.tokenizer else 1 << 32
     for page in range(data.page_crc32.size):
         part = data.tokens[page * per_page : (page + 1) * per_page]
         crc32 = zlib.crc32(part.data)
