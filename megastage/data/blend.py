@@ -89,7 +89,7 @@ def _largest_remainder(integers: list[int], total: int) -> list[int]:
 
 
 def _jobs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source, release, deadline), int64[W] each: draw c of a source may be made in slots release..deadline (from 1)."""
+    """(source, release, deadline) of all draws, int64[W] each: a draw is made in one of the slots release..deadline."""
     W, M = int(weights.sum()), 2 * weights.size - 2
     source = np.repeat(np.arange(weights.size), weights)
     c = np.arange(W) - np.repeat(np.cumsum(weights) - weights, weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ class LaneCursor:
         epoch, group, turn, lane = self._locate(counters[later] - n_tail + self._first)
         changes = np.flatnonzero((np.diff(epoch) != 0) | (np.diff(group) != 0)) + 1
         bounds = [0, *changes.tolist(), later.size] if later.size else [0]
-        for low, high in zip(bounds, bounds[1:]):
+        for low, high in pairwise(bounds):
             base = order.lane_starts(int(epoch[low]), int(group[low]))
             starts[later[low:high]] = base[lane[low:high]] + turn[low:high] * self._length
         lengths = np.full(counters.size, self._length, np.int64)

@@ -50,7 +50,7 @@ class Cursor(Protocol):
         """The rows with these counters, in this order. There is no last row: epochs follow one another."""
 
     def epoch_at(self, counter: int) -> float:
-        """Epochs of the source used up when `counter` rows of this stage are consumed (1.25: a quarter of the second)."""
+        """Epochs of the source used up after `counter` rows of this stage (1.25: a quarter of the second one)."""
 
     def mark(self, consumed: int) -> Mark | None:
         """A hint for `Visit.mark` and `Order.enter`: with it, going on after `consumed` rows needs no search."""
@@ -80,7 +80,7 @@ def check_seq_len(name: str, seq_len: int) -> int:
 
 
 def saved(name: str, settings: Mapping[str, Any], kind: str, **facts: int) -> Mapping[str, Any]:
-    """`settings` after checking that they are of this kind and for this very source; ValueError names the difference."""
+    """`settings`, checked to be of this kind and for this very source; ValueError names the difference."""
     for key, value in {"kind": kind, **facts}.items():
         if settings.get(key) != value:
             raise ValueError(
