@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megastage import build, initial, runtime
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.train_state import TrainState, differences
-from megastage.config.layout import resolve_layout
+from megastage.config.layout import Layout, resolve_layout
 from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
 from megastage.data.engine import DataEngine
@@ -43,6 +43,7 @@ class Parts:
     contexts: dict[int, ContextGroup]
     checkpoints: CheckpointManager | None
     seed: int
+    base_global_batch_size: int
     step: int
 
 
@@ -66,14 +67,24 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
         saved = load(cfg, checkpoints, model, optimizer)
     if saved is None:
         initial.fill(cfg, rt, model, seed)
-    global_batch = saved.global_batch_size if saved is not None else None
-    stages = resolve_stages(cfg, layout, seed=seed, global_batch_size=global_batch)
+    base_batch = base_global_batch_size(cfg, layout, saved)
+    stages = resolve_stages(cfg, layout, seed=seed, global_batch_size=base_batch)
     if saved is not None:
         compare_past(saved, stages)
     data = open_data(cfg, rt, model_cfg, stages, tokenizer, saved)
     contexts = make_groups(mesh, (stage.context_parallel_degree for stage in stages))
     step = 0 if saved is None else saved.step
-    return Parts(mesh, model, optimizer, stages, data, contexts, checkpoints, seed, step)
+    return Parts(mesh, model, optimizer, stages, data, contexts, checkpoints, seed, base_batch, step)
+
+
+def base_global_batch_size(cfg: Config, layout: Layout, saved: TrainState | None) -> int:
+    """What training.global_batch_size means: as written; for -1 what the run's first start made of it."""
+    if cfg.training.global_batch_size != -1:
+        return cfg.training.global_batch_size
+    if saved is not None:
+        return saved.global_batch_size
+    first = resolve_stages(cfg, layout, seed=0)[0]
+    return first.local_batch_size * first.data_ranks
 
 
 def open_tokenizer(cfg: Config) -> Tokenizer | None:
@@ -92,8 +103,9 @@ def with_vocabulary(cfg: Config, model: ModelConfig, tokenizer: Tokenizer | None
     """The model with a vocabulary that holds the tokenizer's, unless model.vocab_size says what it is."""
     if cfg.model.vocab_size is not None or tokenizer is None or tokenizer.vocab_size <= model.vocab_size:
         return model
-    log.info("Note: vocabulary of %d tokens, as the tokenizer's (the flavor has %d)", tokenizer.vocab_size, model.vocab_size)
-    return ModelConfig(**{**model.__dict__, "vocab_size": tokenizer.vocab_size})
+    sizes = (tokenizer.vocab_size, model.vocab_size)
+    log.info("Note: vocabulary of %d tokens, as the tokenizer's (the flavor has %d)", *sizes)
+    return replace(model, vocab_size=tokenizer.vocab_size)
 
 
 def resolve_seed(cfg: Config, rt: Runtime, saved: TrainState | None) -> int:
@@ -135,7 +147,8 @@ def read_train_state(cfg: Config, manager: CheckpointManager | None, model_cfg: 
     found = differences(state.model, json.loads(json.dumps(asdict(model_cfg))), "model")
     if found:
         raise ValueError(
-            f"checkpoint step-{step} is of another model:\n  - " + "\n  - ".join(found)
+            f"checkpoint step-{step} is of another model:\n  - "
+            + "\n  - ".join(found)
             + "\nset these back, or use another checkpoint.folder"
         )
     return state
@@ -218,7 +231,7 @@ def tensors_to_save(model: build.Model, optimizer: Optimizer) -> dict[str, Tenso
 
 def train_state(cfg: Config, parts: Parts, step: int, stage: Stage) -> dict[str, Any]:
     """What a checkpoint says besides tensors, after `step` updates; `stage` is that of the next."""
-    samples, tokens = consumed(parts.stages, parts.data, step)
+    samples, tokens = consumed(parts.stages, parts.data)
     layout = asdict(parts.mesh.layout)
     return TrainState(
         step=step,
@@ -228,7 +241,7 @@ def train_state(cfg: Config, parts: Parts, step: int, stage: Stage) -> dict[str,
         dataloader_state=parts.data.state(),
         consumed_samples=samples,
         consumed_tokens=tokens,
-        global_batch_size=parts.stages[0].base_global_batch_size,
+        global_batch_size=parts.base_global_batch_size,
         optimizer={"step": parts.optimizer.steps},
         config=cfg.model_dump(mode="json"),
         stages=[record(each) for each in parts.stages],
@@ -237,7 +250,7 @@ def train_state(cfg: Config, parts: Parts, step: int, stage: Stage) -> dict[str,
     ).to_json()
 
 
-def consumed(stages: tuple[Stage, ...], data: DataEngine, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def consumed(stages: tuple[Stage, ...], data: DataEngine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows and input tokens read so far, by stage and source."""
     rows = data.consumed_rows()
     by_name = {stage.name: stage for stage in stages}
@@ -285,7 +298,7 @@ def log_plan(cfg: Config, rt: Runtime, parts: Parts) -> None:
         model.name, f"{total:,}", model.dim, model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim,
         model.vocab_size, ", tied" if model.tied_embeddings else "",
     )  # fmt: skip
-    log.info("Kernels: %s", build.describe_kernels(cfg, rt.device))
+    log.info("%s", build.describe_kernels(cfg, rt.device))
     log.info("Seed %d%s", parts.seed, "" if cfg.debug.seed is not None else " (drawn)")
     log.info(plan_text(parts.stages, lambda stage: [*stage_notes(stage), *parts.data.plan_lines(stage)]))
     if cfg.job.print_config:
@@ -302,5 +315,3 @@ def count_parameters(parts: Parts) -> int:
     count = torch.tensor([mine], device=next(iter(parts.model.parameters.values())).device)
     dist.all_reduce(count, group=parts.mesh.group("pp"))
     return int(count.item())
-
-

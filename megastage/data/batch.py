@@ -143,9 +143,7 @@ def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.nda
     return last_label
 
 
-def _mask_targets(
-    sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray, last_label: np.ndarray
-) -> None:
+def _mask_targets(sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray, last_label: np.ndarray) -> None:
     """Apply loss masks, which say of each token whether it is a target, to labels and to the token behind a piece."""
     for number in pieces.used():
         source = sources[number]
