@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from ranks import run_ranks
 
 VOCAB = 2048
-TINY = ["--model.dim", "64", "--model.n_layers", "4", "--model.n_heads", "4", "--model.n_kv_heads", "2",
-        "--model.head_dim", "16", "--model.ffn_dim", "160", "--model.vocab_size", str(VOCAB),
-        "--training.mixed_precision_param", "float32", "--debug.seed", "7", "--lr_scheduler.warmup_steps", "2"]  # fmt: skip
+TINY = [
+    "--model.dim", "64", "--model.n_layers", "4", "--model.n_heads", "4", "--model.n_kv_heads", "2",
+    "--model.head_dim", "16", "--model.ffn_dim", "160", "--model.vocab_size", str(VOCAB), "--optimizer.lr", "3e-3",
+    "--training.mixed_precision_param", "float32", "--debug.seed", "7", "--lr_scheduler.warmup_steps", "2",
+]  # fmt: skip
 
 
 def write_nanoset(folder: Path, tokens: int, seed: int, mean_document: int = 200) -> Path:
