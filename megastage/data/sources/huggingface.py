@@ -29,7 +29,9 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     tokenizer = options.tokenizer
     if tokenizer is None:
         if str(path) not in sample_text.SPLITS:
-            raise SourceError(f"{path}: text needs a tokenizer; set model.hf_assets_path to a folder with tokenizer.json")
+            raise SourceError(
+                f"{path}: text needs a tokenizer; set model.hf_assets_path to a folder with tokenizer.json"
+            )
         tokenizer = ByteTokenizer()
     key, documents = _documents(str(path), options)
     digest = hashlib.blake2b(key, digest_size=16)

@@ -65,5 +65,7 @@ def _open_part(file: Path, token_bytes: int, recorded: int | None) -> Part:
     if loss.exists():
         mask = map_array(loss, np.uint8)
         if mask.size != tokens.size:
-            raise SourceError(f"{loss}: {mask.size} bytes, but {file.name} holds {tokens.size} tokens; one byte a token")
+            raise SourceError(
+                f"{loss}: {mask.size} bytes, but {file.name} holds {tokens.size} tokens; one byte a token"
+            )
     return Part(tokens, doc_ends=ends, loss_mask=mask)

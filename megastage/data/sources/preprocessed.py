@@ -152,9 +152,12 @@ def _detect_layout(path: Path, batches: list[_Rows], options: SourceOptions) -> 
     names = set(batches[0].columns)
     for batch in batches:
         if set(batch.columns) != names:
-            raise SourceError(f"{batch.file}: columns {sorted(batch.columns)} differ from the first file's {sorted(names)}")
+            raise SourceError(
+                f"{batch.file}: columns {sorted(batch.columns)} differ from the first file's {sorted(names)}"
+            )
     tokens = "input_ids" if "input_ids" in names else "inputs"
-    lengths = {int(n) for batch in batches for n in (batch.columns[tokens].lengths.min(), batch.columns[tokens].lengths.max())}
+    row_lengths = [batch.columns[tokens].lengths for batch in batches]
+    lengths = {int(n) for rows in row_lengths for n in (rows.min(), rows.max())}
     n_rows = sum(len(batch.columns[tokens].ends) for batch in batches)
     uniform = lengths.pop() if len(lengths) == 1 and n_rows > 1 else 0
     packed = bool(uniform or names & {"position_ids", "sequence_lengths"})
@@ -188,8 +191,8 @@ def _labels_are_shifted(path: Path, batches: list[_Rows], tokens: str) -> bool:
     if compared and following == compared:
         return True
     raise SourceError(
-        f"{path}: cannot tell whether 'labels' are shifted: of {compared} usable positions in the first rows {same} equal "
-        f"their own token and {following} the next one; drop the column, or write labels that are all of one kind"
+        f"{path}: cannot tell whether 'labels' are shifted: of {compared} usable positions in the first rows "
+        f"{same} equal their own token and {following} the next one; drop the column, or write all labels alike"
     )
 
 
@@ -217,7 +220,9 @@ def _inner_ends(batch: _Rows, layout: _Layout) -> np.ndarray:
         positions = batch.columns["position_ids"].values
         inner = np.setdiff1d(np.flatnonzero(positions[1:] != positions[:-1] + 1) + 1, ids.ends)
         if np.any(positions[inner] != 0):
-            raise SourceError(f"{batch.file}: 'position_ids' jump to another value than 0 inside a row; drop the column")
+            raise SourceError(
+                f"{batch.file}: 'position_ids' jump to another value than 0 inside a row; drop the column"
+            )
     elif "sequence_lengths" in batch.columns:
         lengths = batch.columns["sequence_lengths"]
         inner = np.cumsum(lengths.values, dtype=np.int64)

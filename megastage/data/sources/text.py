@@ -1,4 +1,4 @@
-"""Documents of text from local files: .txt, .json, .jsonl (plain, .gz, .zst), .parquet, .arrow, save_to_disk folders."""
+"""Documents of text from local files: .txt, .json, .jsonl (also .gz, .zst), .parquet, .arrow, save_to_disk folders."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _opened(file: Path) -> BinaryIO:
             import zstandard
         except ImportError:
             raise SourceError(f"{file}: needs the package zstandard; `pip install zstandard`") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))  # noqa: SIM115
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
     return open(file, "rb")
 
 
