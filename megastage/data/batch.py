@@ -117,7 +117,9 @@ class _Pieces:
         row = np.repeat(np.arange(len(counts)), counts)
         ends = np.concatenate([[0], np.cumsum(rows.lengths)])
         valid_B = ends[rows.offsets[1:]] - ends[rows.offsets[:-1]]
-        assert len(source_B) == len(counts) and valid_B.min() > 0 and valid_B.max() <= T
+        assert len(source_B) == len(counts)
+        assert valid_B.min() > 0
+        assert valid_B.max() <= T
         at = ends[:-1] - np.repeat(ends[rows.offsets[:-1]], counts) + row * T
         return cls(row, source_B[row], rows.starts, rows.lengths, at, valid_B)
 
@@ -230,10 +232,12 @@ def _check_vocabulary(
     bad = (tokens < 0) | (tokens >= vocab_size) | (labels >= vocab_size) | ((labels < 0) & (labels != IGNORED))
     flat = int(np.flatnonzero(bad)[0])
     p = int(np.searchsorted(pieces.at, flat, "right")) - 1
-    wrong = tokens[flat] if not 0 <= tokens[flat] < vocab_size else labels[flat]
+    in_label = 0 <= tokens[flat] < vocab_size
+    wrong = labels[flat] if in_label else tokens[flat]
     source = sources[int(pieces.source[p])]
+    position = int(pieces.starts[p]) + flat - int(pieces.at[p]) + in_label
     raise SourceError(
-        f"{source.path}: token {int(wrong)} near position {int(pieces.starts[p]) + flat - int(pieces.at[p])} of its stream "
+        f"{source.path}: token {int(wrong)} at position {position} of its stream "
         f"is outside the model's vocabulary of {vocab_size}; use the tokenizer that made the data, or a model with "
         "a larger vocabulary"
     )

@@ -37,6 +37,7 @@ FILES = (TOKENS, DOCUMENTS, PAGES, METADATA, TOKENIZER)
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _METADATA_LIMIT_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 24
+_CHUNK_TOKENS = 1 << 22
 _FIELDS = ("dtype", "n_tokens", "n_documents", "eos_id", "page_bytes", "documents_crc32", "pages_crc32", "tokenizer")
 
 
@@ -149,23 +150,26 @@ class PackedMemmapWriter:
         array, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         if array.ndim != 1 or (sizes.size and sizes.min() < 0) or int(sizes.sum()) != array.size:
             raise ValueError(f"document lengths sum to {int(sizes.sum())}, but {array.size} tokens were given")
-        if array.size:
-            if array.dtype.kind not in "iu":
-                raise ValueError(f"tokens must be integers, not {array.dtype}")
-            low, high = int(array.min()), int(array.max())
-            if low < 0 or high >= self._limit:
-                raise ValueError(
-                    f"token {low if low < 0 else high} is outside 0 .. {self._limit - 1} (dtype {self._dtype} and the "
-                    "vocabulary); choose uint32 or the tokenizer that made the tokens"
-                )
-        content = np.ascontiguousarray(array, dtype=_DTYPES[self._dtype]).tobytes()
-        self._tokens_file.write(content)
-        self._pages.update(content)
+        if array.dtype.kind not in "iu" and array.size:
+            raise ValueError(f"tokens must be integers, not {array.dtype}")
+        for start in range(0, array.size, _CHUNK_TOKENS):
+            self._write_tokens(array[start : start + _CHUNK_TOKENS])
         ends = (self.n_tokens + np.cumsum(sizes)).astype("<u8").tobytes()
         self._documents_file.write(ends)
         self._documents_crc32 = zlib.crc32(ends, self._documents_crc32)
         self.n_tokens += array.size
         self.n_documents += sizes.size
+
+    def _write_tokens(self, part: np.ndarray) -> None:
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= self._limit:
+            raise ValueError(
+                f"token {low if low < 0 else high} is outside 0 .. {self._limit - 1} (dtype {self._dtype} and the "
+                "vocabulary); choose uint32 or the tokenizer that made the tokens"
+            )
+        content = np.ascontiguousarray(part, dtype=_DTYPES[self._dtype]).tobytes()
+        self._tokens_file.write(content)
+        self._pages.update(content)
 
     def finish(self) -> PackedMemmapMetadata:
         """Sync everything, write metadata.json and rename the folder into place."""

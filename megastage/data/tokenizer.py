@@ -193,9 +193,7 @@ def _load_file(path: Path) -> _Engine:
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path}: not a tokenizer.json ({error}); give {_ACCEPTED}") from None
     if getattr(tokenizer.model, "dropout", None):
-        raise TokenizerError(
-            f"{path}: model.dropout is {tokenizer.model.dropout}: tokens would be random; set it to null"
-        )
+        raise TokenizerError(f"{path}: model.dropout is {tokenizer.model.dropout} (random tokens); set it to null")
     return _FastEngine(tokenizer)
 
 

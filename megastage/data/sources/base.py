@@ -57,7 +57,7 @@ class Part:
     """One file's share of the stream. Arrays are views of read-only maps.
 
     tokens: int[n]; doc_ends: int[d], ends relative to the part, ascending, the last one n (None: unknown);
-    loss_mask: bool or uint8[n], 0 where a token is no target; labels: int[n], the label of each input, given by the data;
+    loss_mask: bool or uint8[n], 0 where a token is no target; labels: int[n], each input's label, given by the data;
     unit_ends: int[u], what packing keeps together when that is coarser than documents. With `labels` its ends are not
     among `doc_ends`: the label behind them is known. tokens and labels may be [rows, n] (a view of longer rows).
     """
@@ -278,8 +278,8 @@ def map_array(file: Path, dtype: Any, *, offset: int = 0, count: int | None = No
         raise SourceError(f"{file}: not readable by this user; change its permissions") from None
 
 
-def check_ends(file: Path, ends: np.ndarray, n_tokens: int, *, what: str = "document end") -> None:
-    """Document ends must ascend (an empty document repeats one) and stop at `n_tokens`. Raises SourceError."""
+def check_ends(file: Path, ends: np.ndarray, total: int, *, what: str = "document end", items: str = "tokens") -> None:
+    """Document ends must ascend (an empty document repeats one) and stop at `total`. Raises SourceError."""
     if not ends.size:
         raise SourceError(f"{file}: no {what}s; write the index again or remove it")
     chunk, last = 1 << 22, 0
@@ -294,9 +294,9 @@ def check_ends(file: Path, ends: np.ndarray, n_tokens: int, *, what: str = "docu
                 "the index is damaged, write it again"
             )
         last = int(part[-1])
-    if last != n_tokens:
+    if last != total:
         raise SourceError(
-            f"{file}: the last {what} is {last}, but the data hold {n_tokens} tokens; "
+            f"{file}: the last {what} is {last}, but there are {total} {items}; "
             "index and data do not belong together, write both again"
         )
 
@@ -320,7 +320,7 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
     module = importlib.import_module(f"megastage.data.sources.{READERS[dataset_type]}")
     reader: Callable[[Path | str, SourceOptions], TokenSource] = module.open_folder
     try:
-        return reader(path if dataset_type == "huggingface" else Path(path), options or SourceOptions())
+        return reader(str(path) if dataset_type == "huggingface" else Path(path), options or SourceOptions())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read as {dataset_type} ({error})") from error
 

@@ -1,4 +1,4 @@
-"""Megatron indexed data sets: `.idx` (header, sequence lengths, byte offsets, document bounds) and raw `.bin` tokens."""
+"""Megatron indexed data: `.idx` (header, sequence lengths, byte offsets, document bounds) and raw `.bin` tokens."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _open_part(idx: Path) -> Part:
     size, wanted = idx.stat().st_size, header_bytes + 12 * n_sequences + 8 * n_bounds
     if size != wanted:
         raise SourceError(
-            f"{idx}: {size} bytes, but its header ({n_sequences} sequences, {n_bounds} document bounds) needs {wanted}; "
-            "truncated or damaged, write it again"
+            f"{idx}: {size} bytes, but its header ({n_sequences} sequences, {n_bounds} document bounds) needs "
+            f"{wanted}; truncated or damaged, write it again"
         )
     # the arrays start at byte 34, so they are copied once to be aligned
     lengths = map_array(idx, "<i4", offset=header_bytes, count=n_sequences).astype(np.int64)
@@ -53,14 +53,15 @@ def _open_part(idx: Path) -> Part:
         raise SourceError(f"{idx}: {'no sequences' if not n_sequences else 'a negative length'}; write it again")
     tokens = map_array(idx.with_suffix(".bin"), _DTYPES[code])
     ends = np.cumsum(lengths)
-    if not np.array_equal(offsets, (ends - lengths) * tokens.itemsize):
-        where = int(np.flatnonzero(offsets != (ends - lengths) * tokens.itemsize)[0])
+    expected = (ends - lengths) * tokens.itemsize
+    if not np.array_equal(offsets, expected):
+        where = int(np.flatnonzero(offsets != expected)[0])
         raise SourceError(
-            f"{idx}: sequence {where} is at byte {int(offsets[where])}, expected {int((ends - lengths)[where]) * tokens.itemsize}"
+            f"{idx}: sequence {where} is at byte {int(offsets[where])}, expected {int(expected[where])}"
             f" (one after the other in {_DTYPES[code]}); damaged, or a dtype code that is wrong"
         )
     check_ends(idx, ends, tokens.size, what="sequence end")
     if n_bounds < 2 or bounds[0] != 0:
         raise SourceError(f"{idx}: document bounds must start at 0 and end at {n_sequences}; write it again")
-    check_ends(idx, bounds, n_sequences, what="document bound")
+    check_ends(idx, bounds, n_sequences, what="document bound", items="sequences")
     return Part(tokens, doc_ends=np.concatenate([[0], ends])[bounds[1:]])

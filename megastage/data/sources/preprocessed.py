@@ -156,9 +156,8 @@ def _detect_layout(path: Path, batches: list[_Rows], options: SourceOptions) -> 
                 f"{batch.file}: columns {sorted(batch.columns)} differ from the first file's {sorted(names)}"
             )
     tokens = "input_ids" if "input_ids" in names else "inputs"
-    lengths = {
-        int(n) for batch in batches for n in (batch.columns[tokens].lengths.min(), batch.columns[tokens].lengths.max())
-    }
+    row_lengths = [batch.columns[tokens].lengths for batch in batches]
+    lengths = {int(n) for rows in row_lengths for n in (rows.min(), rows.max())}
     n_rows = sum(len(batch.columns[tokens].ends) for batch in batches)
     uniform = lengths.pop() if len(lengths) == 1 and n_rows > 1 else 0
     packed = bool(uniform or names & {"position_ids", "sequence_lengths"})
@@ -192,8 +191,8 @@ def _labels_are_shifted(path: Path, batches: list[_Rows], tokens: str) -> bool:
     if compared and following == compared:
         return True
     raise SourceError(
-        f"{path}: cannot tell whether 'labels' are shifted: of {compared} usable positions in the first rows {same} equal "
-        f"their own token and {following} the next one; drop the column, or write labels that are all of one kind"
+        f"{path}: cannot tell whether 'labels' are shifted: of {compared} usable positions in the first rows "
+        f"{same} equal their own token and {following} the next one; drop the column, or write all labels alike"
     )
 
 

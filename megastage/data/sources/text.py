@@ -1,4 +1,4 @@
-"""Documents of text from local files: .txt, .json, .jsonl (plain, .gz, .zst), .parquet, .arrow, save_to_disk folders."""
+"""Documents of text from local files: .txt, .json, .jsonl (also .gz, .zst), .parquet, .arrow, save_to_disk folders."""
 
 from __future__ import annotations
 
