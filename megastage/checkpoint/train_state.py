@@ -57,7 +57,7 @@ class TrainState:
         """The inverse of to_json. Raises ValueError listing every unknown, missing or wrongly typed field."""
         if data.get("version") != VERSION:
             raise ValueError(
-                f"train state: version {data.get('version')!r} of megastage {data.get('megastage_version', '(unknown)')}, "
+                f"train state: version {data.get('version')!r} of megastage {data.get('megastage_version', '?')}, "
                 f"this megastage ({megastage.__version__}) reads version {VERSION}"
             )
         types_of = typing.get_type_hints(cls)
