@@ -114,8 +114,8 @@ def resolve_seed(cfg: Config, rt: Runtime, saved: TrainState | None) -> int:
     if saved is not None:
         if configured is not None and configured != saved.seed:
             raise ValueError(
-                f"debug.seed = {configured}, but the checkpoint was trained with seed {saved.seed}: set it back or leave "
-                "it out (a stage may have a new dataset_random_seed)"
+                f"debug.seed = {configured}, but the checkpoint was trained with seed {saved.seed}: set it back or "
+                "leave it out (a stage may have a new dataset_random_seed)"
             )
         return saved.seed
     drawn = torch.tensor([secrets.randbits(31) if configured is None else configured])

@@ -134,8 +134,8 @@ class Trainer:
             return
         raise FloatingPointError(
             f"update {self.step} (stage '{self.stage.name}', samples {self.data.sample_digest()}): loss {loss}, "
-            f"gradient norm {norm}. The weights were not changed; resume from the last checkpoint with a lower optimizer.lr or "
-            'training.max_norm, or with training.mixed_precision_param = "float32"'
+            f"gradient norm {norm}. The weights were not changed; resume from the last checkpoint with a lower "
+            'optimizer.lr or training.max_norm, or with training.mixed_precision_param = "float32"'
         )
 
     def report(self, record: dict[str, Any]) -> None:
