@@ -49,10 +49,11 @@ def _from_hugging_face(model: Model, path: str) -> None:
     _require_equal(folder.cfg, model.cfg, path)
     for name, parameter in model.parameters.items():
         assert isinstance(parameter, DTensor)
-        rows, *columns = local_window(parameter)
+        window = local_window(parameter)
+        mine = (slice(None), *window[1:])
         local: Tensor = parameter.to_local()
         if local.numel():
-            local.copy_(folder.read(name, rows.start, rows.stop)[(slice(None), *columns)])
+            local.copy_(folder.read(name, window[0].start, window[0].stop)[mine])
 
 
 def _require_equal(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:

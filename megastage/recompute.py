@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megastage.model.decoder import Decoder
+from megastage.model.decoder import Decoder, DecoderLayer
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -32,6 +32,7 @@ def apply(decoder: Decoder, mode: str, option: str, *, preserve_rng_state: bool,
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state, early_stop=early_stop)
     for position, layer in enumerate(decoder.layers.values()):
+        assert isinstance(layer, DecoderLayer)
         layer.recompute = _choose(mode, option, position, run)
 
 
