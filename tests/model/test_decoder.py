@@ -170,12 +170,12 @@ def _dense_attention(q, k, v, cu):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_document_rows_never_form_a_square_of_the_row_length(dense: bool) -> None:
-    S = 1024
+    S = 2048
     cfg = ModelConfig("tiny", 16, 1, 2, 1, 8, 16, 31)
     model = build(cfg, positions=S)
     if dense:  # the detector must see what it looks for
         model.set_ops(replace(Ops(), attention=_dense_attention))
-    tokens, positions, cu = batch([300, 512, 513, 900], S, cfg)
+    tokens, positions, cu = batch([700, 1024, 1025, 1800], S, cfg)
     with _LargestPair() as seen:
         model.logits(model(tokens, positions, cu)).sum().backward()
     assert (seen.second >= S) == dense
