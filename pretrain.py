@@ -21,12 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = runtime.start(cfg.comm.init_timeout_seconds, cfg.comm.train_timeout_seconds)
         Trainer(cfg, job).run()
     except ValueError as error:
-        if rank == 0:
-            sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{error}\n" if rank == 0 else "")
         return 2
-    finally:
-        if job is not None:
-            job.close()
+    job.close()
     return 0
 
 

@@ -26,7 +26,8 @@ def apply(trainer: Trainer, stage: Stage) -> None:
             trainer.optimizer.reset()
     cp = stage.context_parallel_degree
     trainer.data.enter(stage.index, data_rank=mesh.data_rank // cp, data_ranks=mesh.layout.data_ranks(cp))
-    build.fit_to_stage(trainer.cfg, trainer.model, stage)
+    trainer.context = trainer.parts.contexts[cp]
+    build.fit_to_stage(trainer.cfg, trainer.model, stage, trainer.context)
     trainer.runner = build.make_runner(trainer.cfg, trainer.model, mesh, stage, trainer.runtime.device)
     trainer.stage = stage
     collect_garbage(trainer.runtime.device)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import gc
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megastage import boundary, build, flops, logs, startup
-from megastage.checkpoint.manager import CheckpointManager
-from megastage.checkpoint.train_state import TrainState
+from megastage import boundary, flops, logs, startup
 from megastage.config.schema import Config
 from megastage.data.batch import Batch
 from megastage.logs import log
 from megastage.metrics import Sink, memory_gib
 from megastage.optim import clip_gradients, gradient_norm
+from megastage.parallel.context import ContextGroup
 from megastage.parallel.pipeline import Runner
 from megastage.runtime import Runtime
 from megastage.schedule import Schedule
@@ -32,17 +30,17 @@ class Trainer:
     """
 
     stage: Stage
+    context: ContextGroup
     runner: Runner
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        parts = startup.prepare(cfg, runtime)
+        self.parts = parts = startup.prepare(cfg, runtime)
         self.mesh, self.model, self.optimizer = parts.mesh, parts.model, parts.optimizer
-        self.stages, self.data, self.seed = parts.stages, parts.data, parts.seed
-        self.checkpoints: CheckpointManager | None = parts.checkpoints
+        self.stages, self.data, self.checkpoints = parts.stages, parts.data, parts.checkpoints
         self.schedule = Schedule(cfg, self.stages)
         self.step = parts.step
-        self.peak_flops = flops.peak_flops(runtime.device)
+        self.peak_flops = flops.peak_flops(device_name(runtime.device))
         self.sinks: list[Sink] = startup.open_sinks(cfg, runtime, self.step)
         startup.log_plan(cfg, runtime, parts)
 
@@ -77,31 +75,31 @@ class Trainer:
         began = time.perf_counter()
         batch = self.data.next()
         data_wait_s = time.perf_counter() - began
-        batch = batch.to(self.runtime.device)
+        pairs = flops.attended_pairs(batch.cu_seqlens_BC)
+        batch = self.context.shard(batch.to(self.runtime.device))
         valid = self.count_valid(batch)
         scale = self.mesh.data.size() / max(valid, 1)  # FSDP averages gradients over the data ranks
         loss_sum = self.runner.step(batch, scale)
         self.model.tied.sum_gradients(self.model.parameters)
         norm = gradient_norm(self.model.parameters, self.mesh, self.model.tied.counted_elsewhere)
         clip_gradients(self.model.parameters, norm, self.cfg.training.max_norm)
-        loss, model_flops, stop = self.reduce(loss_sum, valid, batch)
+        loss, model_flops, stop = self.reduce(loss_sum, valid, len(batch.ids_B), pairs)
         self.refuse_non_finite(loss, norm.item())
         lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
         self.optimizer.step(lr, weight_decay)
         self.step += 1
         step_s = time.perf_counter() - began
         rows_tokens = self.stage.global_batch_size * self.stage.seq_len
-        peak = self.peak_flops * self.runtime.world_size if self.peak_flops else None
         record = {
             "step": self.step,
             "stage": self.stage.name,
             "loss": loss,
             "grad_norm": norm.item(),
             "lr": lr,
-            "tokens": self.data.consumed_tokens(),
+            "tokens": startup.consumed_tokens(self.stages, self.step),
             "tokens_per_s": rows_tokens / step_s,
             "sample_digest": self.data.sample_digest(),
-            "mfu": model_flops / step_s / peak if peak else None,
+            "mfu": flops.utilisation(model_flops, step_s, self.runtime.world_size, self.peak_flops),
             "memory_gib": memory_gib(self.runtime.device),
             "data_wait_s": data_wait_s,
             "step_s": step_s,
@@ -115,12 +113,13 @@ class Trainer:
         """Labels of the global batch that count: the loss is the mean over them."""
         valid = (batch.labels_BT != -100).sum()
         dist.all_reduce(valid, group=self.mesh.group("data"))
-        return int(valid.item()) // self.stage.context_parallel_degree
+        return int(valid.item())
 
-    def reduce(self, loss_sum: torch.Tensor, valid: int, batch: Batch) -> tuple[float, float, bool]:
+    def reduce(self, loss_sum: torch.Tensor, valid: int, rows: int, pairs: int) -> tuple[float, float, bool]:
         """Mean loss, the step's model FLOPs and whether any rank was told to stop: one small all-reduce over all."""
         counts = self.mesh.tp_rank == 0 and self.mesh.pp_rank == self.mesh.layout.pp - 1
-        step_flops = flops.train_flops(self.model.cfg, batch.cu_seqlens_BC) if counts else 0.0
+        rank_flops = flops.model_flops(self.model.cfg, rows * self.stage.seq_len, pairs) / self.context.degree
+        step_flops = rank_flops if counts else 0.0
         sums = torch.tensor([0.0, step_flops, float(self.runtime.stop_signal > 0)], dtype=torch.float64)
         sums = sums.to(self.runtime.device)
         if counts:
@@ -134,13 +133,13 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         raise FloatingPointError(
-            f"update {self.step} (stage '{self.stage.name}', samples {self.data.sample_digest()}): loss {loss}, gradient "
-            f"norm {norm}. The weights were not changed; resume from the last checkpoint with a lower optimizer.lr or "
-            "training.max_norm, or with training.mixed_precision_param = \"float32\""
+            f"update {self.step} (stage '{self.stage.name}', samples {self.data.sample_digest()}): loss {loss}, "
+            f"gradient norm {norm}. The weights were not changed; resume from the last checkpoint with a lower "
+            'optimizer.lr or training.max_norm, or with training.mixed_precision_param = "float32"'
         )
 
     def report(self, record: dict[str, Any]) -> None:
-        """The step line every metrics.log_freq steps (and at the first and last of a stage); every step to the sinks."""
+        """The step line every metrics.log_freq steps and at a stage's first and last; every step to the sinks."""
         step = record["step"]
         edge = step in (self.stage.start_step + 1, self.stage.end_step)
         if step % self.cfg.metrics.log_freq == 0 or edge:
@@ -162,13 +161,10 @@ class Trainer:
         if self.checkpoints is None or self.cfg.checkpoint.load_only:
             return
         began = time.perf_counter()
-        self.checkpoints.save(self.step, startup.tensors_to_save(self.model, self.optimizer), self.train_state())
+        stage = lookup(self.stages, self.step)
+        state = startup.train_state(self.cfg, self.parts, self.step, stage)
+        self.checkpoints.save(self.step, startup.tensors_to_save(self.model, self.optimizer), state)
         log.info("Saved checkpoint step-%d (%.2f s stalled)", self.step, time.perf_counter() - began)
-
-    def train_state(self) -> TrainState:
-        """What a checkpoint says besides tensors."""
-        stage = lookup(self.stages, min(self.step, self.cfg.training.steps - 1))
-        return startup.train_state(self, stage)
 
     def close(self) -> None:
         """Finish a save under way and release files and workers."""
@@ -179,6 +175,6 @@ class Trainer:
             sink.close()
 
 
-def dump_folder(cfg: Config) -> Path:
-    """Where the run writes."""
-    return Path(cfg.job.dump_folder)
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives the device; "cpu" for CPUs."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

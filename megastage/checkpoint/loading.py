@@ -49,7 +49,7 @@ def load_folder(
         state = read_train_state(folder, manifest) if ranks.is_main else None
         check_sizes(folder, manifest)
         planner = StrictLoadPlanner()
-        plan, _ = planner.plan(wanted, manifest)
+        plan = planner.plan(wanted, manifest)
     except Exception as caught:
         error = caught
     ranks.agree(error)

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
 )
@@ -69,7 +68,8 @@ def plan_shards(tensors: Mapping[str, Tensor]) -> tuple[list[WriteItem], dict[st
 
 def local_shard(tensor: Tensor) -> Tensor:
     """The part of a (D)Tensor that this rank holds, detached; it shares memory with the tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    with torch.no_grad():  # DTensor.to_local builds an autograd view otherwise, which must not be written to
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def items_to_json(items: Iterable[WriteItem]) -> list[Any]:
@@ -140,8 +140,9 @@ class StrictLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.shards: dict[str, Tensor] = {}
 
-    def plan(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> tuple[LoadPlan, Metadata]:
+    def plan(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> LoadPlan:
         """What this rank reads to fill `tensors`. Raises CheckpointMismatch listing every key that does not fit."""
         problems = mismatches(tensors, manifest)
         if problems:
@@ -149,8 +150,13 @@ class StrictLoadPlanner(DefaultLoadPlanner):
         metadata = manifest.metadata(tensors)
         self.set_up_planner(dict(tensors), metadata, is_coordinator=False)
         plan = self.create_local_plan()
-        _check_filled(tensors, plan.items)
-        return plan, metadata
+        self.shards = {key: local_shard(value) for key, value in tensors.items()}
+        _check_filled(self.shards, plan.items)
+        return plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The local shard to read into; a key has at most one on a rank."""
+        return self.shards[index.fqn]
 
 
 def mismatches(tensors: Mapping[str, Tensor], manifest: Manifest) -> list[str]:
@@ -178,12 +184,11 @@ def name_matcher(names: Iterable[str]) -> Callable[[str], bool]:
     return lambda key: key in exact or key.startswith(heads)
 
 
-def _check_filled(tensors: Mapping[str, Tensor], items: list[ReadItem]) -> None:
+def _check_filled(shards: Mapping[str, Tensor], items: list[ReadItem]) -> None:
     """Every element of every local shard is read once, judged by volume: DCP leaves what no chunk covers as it was."""
-    volume = dict.fromkeys(tensors, 0)
+    volume = dict.fromkeys(shards, 0)
     for item in items:
         volume[item.dest_index.fqn] += item.lengths.numel()
-    for key, value in tensors.items():
-        expected = local_shard(value).numel()
-        if volume[key] != expected:
-            raise ValueError(f"{key}: the checkpoint holds {volume[key]} of the {expected} elements of a rank's shard")
+    for key, shard in shards.items():
+        if volume[key] != shard.numel():
+            raise ValueError(f"{key}: the checkpoint holds {volume[key]} of {shard.numel()} elements of a rank's shard")

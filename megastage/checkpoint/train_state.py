@@ -22,9 +22,10 @@ class TrainState:
     stage_idx, stage_name: the stage of the next update (0-based; the last stage at the end of the run).
     dataloader_state: position in the data, opaque here; it comes from the data engine.
     consumed_samples, consumed_tokens: {stage name: {source name: count}}; rows, and input tokens in them.
-    seed: the run's resolved seed. global_batch_size: rows per update of this stage, resolved.
-    optimizer: from `tensors.optimizer_settings`. rng: extra generator state, if the run needs any.
-    config: the resolved configuration. stage_fingerprints: one per stage, to prove on resume that the past is the same.
+    seed: the run's resolved seed. global_batch_size: what training.global_batch_size = -1 was resolved to.
+    optimizer: {"step": updates done}, for bias correction. rng: extra generator state, if the run needs any.
+    config: the configuration. stages: a `megastage.stages.record` each, to prove on resume that the past is the same.
+    model: the hyper-parameters.
     layout: world size and parallel degrees at the save; for information, another layout may resume.
     """
 
@@ -39,7 +40,8 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    stage_fingerprints: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
     wall_time_s: float = 0.0
     torch_version: str = str(torch.__version__)
@@ -55,7 +57,7 @@ class TrainState:
         """The inverse of to_json. Raises ValueError listing every unknown, missing or wrongly typed field."""
         if data.get("version") != VERSION:
             raise ValueError(
-                f"train state: version {data.get('version')!r} of megastage {data.get('megastage_version', '(unknown)')}, "
+                f"train state: version {data.get('version')!r} of megastage {data.get('megastage_version', '?')}, "
                 f"this megastage ({megastage.__version__}) reads version {VERSION}"
             )
         types_of = typing.get_type_hints(cls)

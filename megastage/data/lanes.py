@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megastage.data.order import Recent, Rows, Visit, check_seq_len, ragged_index, saved
+from megastage.data.order import Recent, Rows, Visit, check_seq_len, ragged_index, runs, saved
 from megastage.data.permutation import Permutation, derive_key
 
 MAX_LANES = 1024
@@ -111,10 +111,10 @@ class LaneOrder:
     def enter(self, history: Sequence[Visit], seq_len: int, mark: Sequence[int] | None = None) -> LaneCursor:
         """See `Order.enter`; marks are not needed here."""
         front: _Frontier | None = None
-        for visit in history:
-            if visit.rows:
-                front = LaneCursor(self, front, visit.seq_len).frontier(visit.rows)
-        return LaneCursor(self, front, seq_len)
+        before, current = runs(history, seq_len)
+        for visit in before:
+            front = LaneCursor(self, front, visit.seq_len).frontier(visit.rows)
+        return LaneCursor(self, front, seq_len, current.rows)
 
     def planned_epochs(self, history: Sequence[Visit]) -> float:
         return sum(v.rows / (self.n_superblocks * (self.superblock // v.seq_len)) for v in history)
@@ -149,10 +149,11 @@ class LaneCursor:
 
     The windows of the whole infinite order at this length are numbered; `_first` is the number of the first one after
     the tails. Window x of an epoch is in superblock x div q (in reading order), q windows per superblock.
+    consumed: rows of this length that earlier stages have read from here.
     """
 
-    def __init__(self, order: LaneOrder, front: _Frontier | None, seq_len: int) -> None:
-        self._order, self._front = order, front
+    def __init__(self, order: LaneOrder, front: _Frontier | None, seq_len: int, consumed: int = 0) -> None:
+        self._order, self._front, self._consumed = order, front, consumed
         self._length = check_seq_len(order.name, seq_len)
         if seq_len > order.superblock:
             raise ValueError(
@@ -165,7 +166,7 @@ class LaneCursor:
         self.skipped_tokens = 0
         if front is not None:
             unread = order.superblock - front.read
-            self.skipped_tokens = int((unread % seq_len).sum())
+            self.skipped_tokens = 0 if consumed else int((unread % seq_len).sum())
             turn, lane = ragged_index(np.zeros(unread.size, np.int64), unread // seq_len)
             by_turn = np.lexsort((lane, front.read[lane], turn))  # lanes take turns, the least-read first
             self._tail_lane = lane[by_turn]
@@ -185,7 +186,7 @@ class LaneCursor:
 
     def rows(self, counters: np.ndarray) -> Rows:
         """See `Cursor.rows`: each row is one piece of seq_len tokens. Any access pattern is served."""
-        counters = np.asarray(counters, np.int64)
+        counters = np.asarray(counters, np.int64) + self._consumed
         order, n_tail = self._order, self._tail_lane.size
         starts = np.empty(counters.size, np.int64)
         in_tail = counters < n_tail
@@ -204,19 +205,20 @@ class LaneCursor:
         return Rows(np.arange(counters.size + 1), starts, lengths)
 
     def epoch_at(self, counter: int) -> float:
-        order, n_tail = self._order, self._tail_lane.size
-        if self._front is not None and counter < n_tail:
-            read = int(self._front.read.sum()) + counter * self._length
-            done = order.group_start(self._front.group) + read / order.superblock
-            return float(self._front.epoch + done / order.n_superblocks)
-        return (counter - n_tail + self._first) / (order.n_superblocks * self._windows)
+        """See `Cursor.epoch_at`: by the tokens read; what is given up counts when the group is done."""
+        front = self.frontier(counter)
+        if front is None:
+            return 0.0
+        done = self._order.group_start(front.group) + int(front.read.sum()) / self._order.superblock
+        return float(front.epoch + done / self._order.n_superblocks)
 
     def mark(self, consumed: int) -> None:
         """Nothing is needed: positions are closed forms."""
         return None
 
     def frontier(self, rows: int) -> _Frontier | None:
-        """Where the next stage begins when this one consumed `rows` rows."""
+        """Where a stage of another length begins when this one consumed `rows` rows."""
+        rows += self._consumed
         if rows == 0:
             return self._front
         n_tail = self._tail_lane.size

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 class Visit(NamedTuple):
     """One stage's use of a source: `rows` rows of `seq_len` tokens were consumed.
 
-    mark: `Cursor.mark(rows)` of that stage, if it was kept: finds the place without packing all blocks before it.
+    mark: `Cursor.mark(rows)` of that stage, if it was kept; its place is then found without packing what lies before.
     """
 
     seq_len: int
@@ -88,6 +88,25 @@ def saved(name: str, settings: Mapping[str, Any], kind: str, **facts: int) -> Ma
                 "the source or its settings have changed since the checkpoint was written"
             )
     return settings
+
+
+def runs(history: Sequence[Visit], seq_len: int) -> tuple[list[Visit], Visit]:
+    """`history` with adjacent visits of one length joined: (those before, the one that the new stage goes on with).
+
+    A stage of the same length as the last one goes on with its rows as if nothing had changed; for any other the
+    second result is a visit of no rows.
+    """
+    joined: list[Visit] = []
+    for visit in history:
+        if not visit.rows:
+            continue
+        if joined and joined[-1].seq_len == visit.seq_len:
+            last = joined.pop()
+            visit = Visit(visit.seq_len, last.rows + visit.rows, visit.mark or last.mark)
+        joined.append(visit)
+    if joined and joined[-1].seq_len == seq_len:
+        return joined[:-1], joined[-1]
+    return joined, Visit(seq_len, 0)
 
 
 class Recent:

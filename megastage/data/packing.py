@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megastage.data import compiled
-from megastage.data.order import Mark, Recent, Rows, Visit, check_seq_len, ragged_index, saved
+from megastage.data.order import Mark, Recent, Rows, Visit, check_seq_len, ragged_index, runs, saved
 from megastage.data.permutation import Permutation, derive_key
 
 BLOCK_DOCUMENTS = 4096
@@ -175,10 +175,10 @@ class PackedOrder:
     def enter(self, history: Sequence[Visit], seq_len: int, mark: Sequence[int] | None = None) -> PackedCursor:
         """See `Order.enter`. Visits without a mark are found by packing all blocks before them."""
         front: _Frontier | None = None
-        for visit in history:
-            if visit.rows:
-                front = PackedCursor(self, front, visit.seq_len, visit.mark).frontier(visit.rows)
-        return PackedCursor(self, front, seq_len, mark)
+        before, current = runs(history, seq_len)
+        for visit in before:
+            front = PackedCursor(self, front, visit.seq_len, visit.mark).frontier(visit.rows)
+        return PackedCursor(self, front, seq_len, mark or current.mark, current.rows)
 
     def planned_epochs(self, history: Sequence[Visit]) -> float:
         return sum(v.rows * v.seq_len for v in history) / self.n_tokens
@@ -208,15 +208,21 @@ class PackedCursor:
     """A stage's rows: first what was left of the open block, then whole blocks, epoch after epoch.
 
     How many rows a block makes is known once it is packed, so reading on is cheap, and a jump packs what lies between.
-    A mark (block, rows of this stage before it) lets a run go on without that.
+    A mark (block, rows before it) lets a run go on without that. consumed: rows of this length that earlier stages have
+    read from here; inside, rows are counted with them.
     """
 
     skipped_tokens = 0
 
     def __init__(
-        self, order: PackedOrder, front: _Frontier | None, seq_len: int, mark: Sequence[int] | None = None
+        self,
+        order: PackedOrder,
+        front: _Frontier | None,
+        seq_len: int,
+        mark: Sequence[int] | None = None,
+        consumed: int = 0,
     ) -> None:
-        self._order, self._front = order, front
+        self._order, self._front, self._consumed = order, front, consumed
         self._length = check_seq_len(order.name, seq_len)
         self._rest = None if front is None else order.pack_left(front, seq_len)
         self._start = (0 if front is None else front.block + 1, 0 if self._rest is None else self._rest.n_rows)
@@ -240,7 +246,7 @@ class PackedCursor:
 
     def rows(self, counters: np.ndarray) -> Rows:
         """See `Cursor.rows`."""
-        counters = np.asarray(counters, np.int64)
+        counters = np.asarray(counters, np.int64) + self._consumed
         counts, starts, lengths = [], [], []
         done = 0
         while done < counters.size:
@@ -261,6 +267,7 @@ class PackedCursor:
     def epoch_at(self, counter: int) -> float:
         """See `Cursor.epoch_at`; beyond the blocks packed so far it takes their rows to be full."""
         order = self._order
+        counter += self._consumed
         if self._rest is not None and self._front is not None and counter < self._rest.n_rows:
             unread = int(self._rest.pieces.lengths[int(self._rest.offsets[counter]) :].sum())
             return (self._front.block + 1) / order.n_blocks - unread / order.n_tokens
@@ -270,13 +277,14 @@ class PackedCursor:
 
     def mark(self, consumed: int) -> Mark | None:
         """See `Cursor.mark`: the block of the last consumed row, which must have been read."""
-        if consumed == 0:
+        if consumed + self._consumed == 0:
             return None
-        _, first, number = self._find(consumed - 1)
+        _, first, number = self._find(consumed + self._consumed - 1)
         return None if number < 0 else (number, first)
 
     def frontier(self, rows: int) -> _Frontier | None:
-        """Where the next stage begins when this one consumed `rows` rows."""
+        """Where a stage of another length begins when this one consumed `rows` rows."""
+        rows += self._consumed
         if rows == 0:
             return self._front
         packed, first, number = self._find(rows - 1)

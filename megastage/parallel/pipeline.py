@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which layers a rank holds, and the schedule that runs one optimizer step's micro-batches.
+"""Pipeline parallelism: the schedule that runs the micro-batches of one optimizer step over the parts of the model.
 
 Shapes are fixed when a schedule is made, so every stage gets its own schedule over the same module. A pipeline of one
 part runs its micro-batches in a plain loop behind the same interface.
@@ -6,9 +6,6 @@ part runs its micro-batches in a plain loop behind the same interface.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -16,70 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from megastage.config.schema import Parallelism
 from megastage.data.batch import Batch
 from megastage.loss import ModelPart
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-
-
-def split_layers(n_layers: int, parts: int, first_less: int = 1, last_less: int = 1) -> list[range]:
-    """Contiguous layer ranges, as even as they can be when the embedding counts as `first_less` layers and the head as
-    `last_less` (Llama 3, section 3.3.2). One part takes all.
-
-    Raises ValueError when a part would be empty.
-    """
-    if parts == 1:
-        return [range(n_layers)]
-    effective = n_layers + first_less + last_less
-    if n_layers < parts or effective < parts:
-        raise ValueError(
-            f"parallelism.pipeline_parallel_degree = {parts}: the model has only {n_layers} layers; "
-            "use a smaller degree"
-        )
-    bounds = [round(effective * i / parts) - first_less for i in range(parts + 1)]
-    bounds = [min(max(bound, i), n_layers - (parts - i)) for i, bound in enumerate(bounds)]
-    bounds[0], bounds[-1] = 0, n_layers
-    return [range(a, b) for a, b in pairwise(bounds)]
-
-
-def split_model(table: Parallelism, n_layers: int) -> list[range]:
-    """The layers of each part as [parallelism] asks: by explicit split points, layers per part, or evenly.
-
-    Raises ValueError naming the key that can't be met.
-    """
-    parts = table.pipeline_parallel_degree
-    if table.pipeline_parallel_split_points:
-        return _split_at(table.pipeline_parallel_split_points, n_layers, parts)
-    per_part = table.pipeline_parallel_layers_per_stage
-    if per_part is not None and parts > 1 and -(-n_layers // per_part) != parts:
-        raise ValueError(
-            f"parallelism.pipeline_parallel_layers_per_stage = {per_part}: {n_layers} layers then make "
-            f"{-(-n_layers // per_part)} parts, but pipeline_parallel_degree = {parts}; make the two agree"
-        )
-    if per_part is not None and parts > 1:
-        return [range(i * per_part, min((i + 1) * per_part, n_layers)) for i in range(parts)]
-    return split_layers(
-        n_layers,
-        parts,
-        table.pipeline_parallel_first_stage_less_layers,
-        table.pipeline_parallel_last_stage_less_layers,
-    )
-
-
-def _split_at(points: Sequence[str], n_layers: int, parts: int) -> list[range]:
-    key = f"parallelism.pipeline_parallel_split_points = {list(points)}"
-    if len(points) != parts - 1:
-        raise ValueError(f"{key}: pipeline_parallel_degree = {parts} needs {parts - 1} split points")
-    starts = []
-    for point in points:
-        match = re.fullmatch(r"layers\.(\d+)", point)
-        if match is None or not 0 < int(match[1]) < n_layers:
-            raise ValueError(f'{key}: "{point}" names no layer after the first; write "layers.N", 0 < N < {n_layers}')
-        starts.append(int(match[1]))
-    if sorted(set(starts)) != starts:
-        raise ValueError(f"{key}: the layers must ascend")
-    return [range(a, b) for a, b in pairwise([0, *starts, n_layers])]
 
 
 class Runner(Protocol):
