@@ -16,15 +16,21 @@ import numpy as np
 
 from megastage.model.config import ModelConfig
 from megastage.model.parameters import layer_shapes
+from megastage.model.recompute_plan import recomputes
+
+
+def _ends(cu_seqlens: Any) -> np.ndarray:
+    on_cpu = cu_seqlens.cpu() if hasattr(cu_seqlens, "cpu") else cu_seqlens
+    return np.asarray(on_cpu, dtype=np.int64)
 
 
 def attended_pairs(cu_seqlens: Any) -> int:
     """(query, key) pairs of causal attention within documents: the sum of n (n + 1) / 2 over document lengths n.
 
     cu_seqlens: integers [..., C], per row 0 and the ascending document ends, the last repeated as padding (an array, a
-    CPU tensor or nested lists).
+    tensor or nested lists).
     """
-    ends = np.asarray(cu_seqlens, dtype=np.int64)
+    ends = _ends(cu_seqlens)
     length = ends[..., 1:] - ends[..., :-1]
     return int((length * (length + 1) // 2).sum())
 
@@ -34,23 +40,21 @@ def causal_pairs(seq_len: int) -> int:
     return seq_len * (seq_len + 1) // 2
 
 
-def _layer_matrix_elements(cfg: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in layer_shapes(cfg).values() if len(shape) == 2)
+def _layer_matrices(cfg: ModelConfig) -> dict[str, int]:
+    """Elements of a layer's matrices by the last part of their module's name ("wq", ..., "w2")."""
+    shapes = layer_shapes(cfg)
+    return {name.split(".")[-2]: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
 
 
-def _dense(cfg: ModelConfig, tokens: int) -> int:
-    """Forward FLOPs of all layers' matrices."""
-    return 2 * tokens * cfg.n_layers * _layer_matrix_elements(cfg)
-
-
-def _attention(cfg: ModelConfig, pairs: int) -> int:
-    """Forward FLOPs of all layers' scores and weighted sums."""
-    return 4 * pairs * cfg.n_layers * cfg.n_heads * cfg.head_dim
+def _layer_attention(cfg: ModelConfig, pairs: int) -> int:
+    """Forward FLOPs of one layer's scores and weighted sums."""
+    return 4 * pairs * cfg.n_heads * cfg.head_dim
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, pairs: int) -> int:
     """Layers, attention and output projection (tied or not) for `tokens` positions and `pairs` attended pairs."""
-    return _dense(cfg, tokens) + _attention(cfg, pairs) + 2 * tokens * cfg.vocab_size * cfg.dim
+    layer = 2 * tokens * sum(_layer_matrices(cfg).values()) + _layer_attention(cfg, pairs)
+    return cfg.n_layers * layer + 2 * tokens * cfg.vocab_size * cfg.dim
 
 
 def model_flops(cfg: ModelConfig, tokens: int, pairs: int) -> int:
@@ -58,15 +62,26 @@ def model_flops(cfg: ModelConfig, tokens: int, pairs: int) -> int:
     return 3 * forward_flops(cfg, tokens, pairs)
 
 
-def hardware_flops(cfg: ModelConfig, tokens: int, pairs: int, *, recomputed: float = 0.0) -> int:
+def train_flops(cfg: ModelConfig, cu_seqlens: Any) -> int:
+    """Model FLOPs of a batch of packed rows; a padding tail beyond the last document does not count."""
+    return model_flops(cfg, int(_ends(cu_seqlens)[..., -1].sum()), attended_pairs(cu_seqlens))
+
+
+def hardware_flops(
+    cfg: ModelConfig, tokens: int, pairs: int, *, recompute: tuple[str, str] = ("none", "2"), early_stop: bool = False
+) -> int:
     """Model FLOPs plus repeated work: the numerator of HFU.
 
-    recomputed: share of the layers whose forward pass runs again in the backward pass, 0 .. 1. A layer's last product
-    (w2) is never formed again, since nothing in the backward pass needs its value.
+    recompute: mode and option of [activation_checkpoint], layers counted over the whole model. early_stop: a recomputed
+    layer stops at the last tensor that backward needs, which spares its last product (w2).
     """
-    last_products = 2 * tokens * cfg.n_layers * cfg.dim * cfg.ffn_dim
-    again = recomputed * (_dense(cfg, tokens) - last_products + _attention(cfg, pairs))
-    return model_flops(cfg, tokens, pairs) + round(again) + _attention(cfg, pairs) // 2
+    matrices = _layer_matrices(cfg)
+    if recompute == ("selective", "op"):  # every second product is kept: wq, wv, w1, w2
+        again = 2 * tokens * (matrices["wk"] + matrices["wo"] + matrices["w3"])
+    else:
+        again = 2 * tokens * (sum(matrices.values()) - early_stop * matrices["w2"]) + _layer_attention(cfg, pairs)
+    layers = sum(recomputes(i, *recompute) for i in range(cfg.n_layers))
+    return model_flops(cfg, tokens, pairs) + layers * again + cfg.n_layers * _layer_attention(cfg, pairs) // 2
 
 
 # Dense (not sparse) bf16 tensor peak, FLOP/s, from the makers' data sheets; the first pattern found in the name counts.
@@ -102,12 +117,22 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 )
 
 
-def peak_flops(device_name: str) -> float | None:
-    """bf16 peak of one device in FLOP/s by the name that the driver gives it, None when unknown (any CPU)."""
+def peak_flops(device: Any) -> float | None:
+    """bf16 peak of one device in FLOP/s, None when unknown (any CPU).
+
+    device: the name that its driver gives, or a `torch.device`.
+    """
+    name = device if isinstance(device, str) else _device_name(device)
     for pattern, peak in _PEAKS:
-        if re.search(rf"\b({pattern})\b", device_name, re.IGNORECASE):
+        if re.search(rf"\b({pattern})\b", name, re.IGNORECASE):
             return peak
     return None
+
+
+def _device_name(device: Any) -> str:
+    import torch  # only a caller that has a torch.device needs it
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def utilisation(flops: float, seconds: float, devices: int, device_peak: float | None) -> float | None:

@@ -63,36 +63,37 @@ class Breakdown:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def saved_bytes(cfg: ModelConfig, tp: int = 1, cp: int = 1, *, compute: int = 2, keep_gathered: bool = False) -> int:
-    """Bytes that one layer saves per token of this rank (of its T / cp positions), without recomputation.
-
-    keep_gathered: whether tensor parallelism saves the gathered inputs of `attention` and `feed_forward`, rather than
-    gathering them again in backward. Keys and values are saved for the whole row, hence times cp.
-    """
-    q_dim = cfg.n_heads * cfg.head_dim // tp
-    kv_dim = max(cfg.n_kv_heads // tp, 1) * cfg.head_dim
-    share = cfg.dim / tp
-    between = 2 * share  # the two residual sums, inputs of the norms
-    normed = 2 * (cfg.dim if keep_gathered else share)
-    attention = 2 * q_dim + 2 * kv_dim * cp  # rotated q, k, v and the output
-    qk_norm = q_dim + kv_dim if cfg.qk_norm else 0  # inputs of the norms
-    ffn = 3 * cfg.ffn_dim // tp  # gate, up, their product
-    return round(compute * (between + normed + attention + qk_norm + ffn)) + 4 * cfg.n_heads // tp
-
-
-def _saved_by_layer(
-    cfg: ModelConfig, tp: int, cp: int, mode: str, option: str, compute: int, keep_gathered: bool, layer: int
+def saved_bytes(
+    cfg: ModelConfig,
+    tp: int = 1,
+    cp: int = 1,
+    *,
+    recompute: tuple[str, str] = ("none", "2"),
+    position: int = 0,
+    compute: int = 2,
+    keep_gathered: bool = True,
 ) -> int:
-    """Bytes per token that layer `layer` keeps until its backward."""
-    if not recomputes(layer, mode, option):
-        return saved_bytes(cfg, tp, cp, compute=compute, keep_gathered=keep_gathered)
-    kept = cfg.dim / tp  # the layer's input
-    if (mode, option) == ("selective", "op"):
-        q_dim = cfg.n_heads * cfg.head_dim // tp
-        kv_dim = max(cfg.n_kv_heads // tp, 1) * cfg.head_dim
-        products = q_dim + 2 * kv_dim + 2 * cfg.ffn_dim // tp + 2 * cfg.dim  # q, k, v; gate, up; wo, w2 before scatter
-        return round(compute * (kept + products + q_dim)) + 4 * cfg.n_heads // tp
-    return round(compute * kept)
+    """Bytes that one layer saves for backward, per token of this rank (one of its T / cp positions).
+
+    recompute: mode and option of [activation_checkpoint]; position: the layer's place in its part. keep_gathered:
+    whether tensor parallelism saves the gathered inputs of `attention` and `feed_forward`, rather than gathering them
+    again in backward. Keys and values are saved for the whole row, hence times cp.
+    """
+    q_dim, kv_dim = cfg.n_heads * cfg.head_dim / tp, cfg.n_kv_heads * cfg.head_dim / tp
+    ffn, share = cfg.ffn_dim / tp, cfg.dim / tp
+    lse = 4 * cfg.n_heads / tp  # fp32, whatever the rest
+    if not recomputes(position, *recompute):
+        elements = 2 * share  # the two residual sums, inputs of the norms
+        elements += 2 * (cfg.dim if keep_gathered else share)  # the normed inputs
+        elements += 2 * q_dim + 2 * kv_dim * cp  # rotated q, k, v and the output
+        elements += q_dim if cp > 1 else 0  # the output is joined from two slices, and both forms are saved
+        elements += q_dim + kv_dim if cfg.qk_norm else 0
+        elements += 3 * ffn  # gate, up, their product
+        return round(compute * elements + lse)
+    if recompute == ("selective", "op"):  # the input, attention, every second product: wq, wv, w1, w2
+        scattered = 2 * share if tp > 1 else 0
+        return round(compute * (share + 2 * q_dim + kv_dim + ffn + cfg.dim + scattered) + lse)
+    return round(compute * share)
 
 
 def in_flight(schedule: str, pp: int, rank: int, micro_batches: int, chunks: int = 1) -> float:
@@ -138,14 +139,14 @@ def estimate(
     recompute: tuple[str, str] = ("none", "2"),
     reshard: bool | None = None,
     loss_chunk_tokens: int = 1024,
-    keep_gathered: bool = False,
+    keep_gathered: bool = True,
     sizes: Bytes = Bytes(),
 ) -> tuple[Breakdown, ...]:
     """Peak memory of every pipeline rank.
 
     rows: sequences per micro-batch (without a pipeline: per accumulation step) of one data rank. micro_batches: per
-    optimizer step. layers: layer indices of each rank, default `split_layers`. recompute: mode and option of
-    [activation_checkpoint]. reshard: free gathered layers after forward; None: only without a pipeline. With a pipeline
+    optimizer step. layers: layer indices of each rank, default `split_layers`. recompute, keep_gathered: see
+    `saved_bytes`. reshard: free gathered layers after forward; None: only without a pipeline. With a pipeline,
     gradients are accumulated unsharded until the last micro-batch.
     """
     tokens = rows * seq_len // layout.cp
@@ -157,9 +158,14 @@ def estimate(
         elements = sum(groups)
         shard = -(-elements // (layout.dp_shard * layout.cp))
         live = in_flight(schedule, layout.pp, rank, micro_batches, chunks)
-        per_token = sum(
-            _saved_by_layer(cfg, layout.tp, layout.cp, *recompute, sizes.compute, keep_gathered, i) for i in held
-        )
+        saved = [
+            saved_bytes(
+                cfg, layout.tp, layout.cp, recompute=recompute, position=i, compute=sizes.compute,
+                keep_gathered=keep_gathered,
+            )
+            for i in range(len(held))
+        ]  # fmt: skip
+        whole = saved_bytes(cfg, layout.tp, layout.cp, compute=sizes.compute, keep_gathered=keep_gathered)
         head = 2 * cfg.dim // layout.tp * sizes.compute if last else 0  # the final norm's input and output
         out.append(
             Breakdown(
@@ -169,9 +175,10 @@ def estimate(
                 gathered_parameters=sizes.compute * (groups[0] + sum(groups[1:3]) if reshard else elements),
                 gathered_gradients=max(groups) * (sizes.compute + (sizes.reduce if layout.pp == 1 else 0))
                 + (elements * sizes.reduce if layout.pp > 1 else 0),
-                activations=round(live * tokens * per_token) + tokens * head,
+                activations=round(live * tokens * sum(saved)) + tokens * head,
                 workspace=max(
-                    tokens * _layer_workspace(cfg, layout, held, recompute, sizes, keep_gathered),
+                    tokens
+                    * (_layer_gradients(cfg, layout.tp, sizes) + max((whole - kept for kept in saved), default=0)),
                     _loss_workspace(cfg, layout.tp, tokens, loss_chunk_tokens, sizes) if last else 0,
                 ),
             )
@@ -187,22 +194,17 @@ def _group_elements(cfg: ModelConfig, tp: int, n_layers: int, first: bool, last:
     return [tables * table + (cfg.dim if last else 0)] + [layer] * n_layers
 
 
-def _layer_workspace(
-    cfg: ModelConfig, layout: Degrees, held: Sequence[int], recompute: tuple[str, str], sizes: Bytes, keep: bool
-) -> int:
-    """Bytes per token of one layer's backward: activation gradients of the feed-forward, and recomputed activations."""
-    grads = sizes.compute * (3 * cfg.ffn_dim // layout.tp + 2 * cfg.dim)
-    whole = saved_bytes(cfg, layout.tp, layout.cp, compute=sizes.compute, keep_gathered=keep)
-    kept = [_saved_by_layer(cfg, layout.tp, layout.cp, *recompute, sizes.compute, keep, i) for i in held]
-    return grads + max([0, *(whole - bytes_ for bytes_ in kept)])
+def _layer_gradients(cfg: ModelConfig, tp: int, sizes: Bytes) -> int:
+    """Bytes per token of activation gradients in the backward of one feed-forward."""
+    return sizes.compute * (3 * cfg.ffn_dim // tp + 2 * cfg.dim)
 
 
 def _loss_workspace(cfg: ModelConfig, tp: int, tokens: int, chunk_tokens: int, sizes: Bytes) -> int:
-    """A chunk's logits and exponentials in fp32 and their gradient, the head's fp32 gradient, gathered hidden states
-    with their gradient."""
+    """A chunk's logits and exponentials in fp32 and their gradient, the head's gradient as summed (fp32) and as kept,
+    the gathered hidden states with their gradient."""
     vocab = -(-cfg.vocab_size // tp)
     chunk = min(chunk_tokens, tokens) * vocab * (4 + 4 + sizes.compute)
-    return chunk + vocab * cfg.dim * 4 + 2 * tokens * cfg.dim * sizes.compute
+    return chunk + vocab * cfg.dim * (4 + sizes.compute) + 2 * tokens * cfg.dim * sizes.compute
 
 
 def report(breakdowns: Sequence[Breakdown]) -> list[str]:

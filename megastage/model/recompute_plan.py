@@ -1,12 +1,13 @@
-"""Which layers a recomputation policy touches (pure Python, for planning as well as for running)."""
+"""Which layers a recomputation policy touches (pure Python, for planning)."""
 
 from __future__ import annotations
 
 
-def recomputes(layer: int, mode: str, option: str = "2") -> bool:
-    """Whether layer `layer` (global, 0-based) runs again in backward, in whole or ("op") in part.
+def recomputes(position: int, mode: str, option: str = "2") -> bool:
+    """Whether the layer at `position` (0-based in its pipeline part) runs again in backward, wholly or ("op") partly.
 
-    Raises ValueError for an unknown mode or option.
+    mode and option as in [activation_checkpoint]: "none", "full", or "selective" with "op" or a number n (every n-th
+    layer from the first). Raises ValueError for anything else.
     """
     if mode == "none":
         return False
@@ -18,11 +19,4 @@ def recomputes(layer: int, mode: str, option: str = "2") -> bool:
         return True
     if not (option.isascii() and option.isdigit() and int(option) > 0):
         raise ValueError(f'activation_checkpoint.selective_ac_option = "{option}": use "op" or a positive number')
-    return (layer + 1) % int(option) == 0
-
-
-def recomputed_share(n_layers: int, mode: str, option: str = "2") -> float:
-    """Share of the layers' matrix products and attention that is computed again (for `flops.hardware_flops`)."""
-    if (mode, option) == ("selective", "op"):
-        return 0.0
-    return sum(recomputes(i, mode, option) for i in range(n_layers)) / n_layers
+    return position % int(option) == 0

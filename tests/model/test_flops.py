@@ -16,14 +16,14 @@ from megastage.flops import (
     hardware_flops,
     model_flops,
     peak_flops,
+    train_flops,
     utilisation,
 )
 from megastage.model.config import ModelConfig
 from megastage.model.decoder import Decoder
 from megastage.model.flavors import get_flavor
 from megastage.model.ops import Ops
-from megastage.model.recompute import set_recompute
-from megastage.model.recompute_plan import recomputed_share
+from megastage.recompute import apply as set_recompute
 
 B, T = 2, 24
 
@@ -35,13 +35,13 @@ def square_attention(q, k, v, cu):
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
-def counted(cfg: ModelConfig, mode: str = "none", option: str = "2") -> tuple[int, int]:
+def counted(cfg: ModelConfig, mode: str = "none", option: str = "2", early_stop: bool = False) -> tuple[int, int]:
     """(forward, forward + backward) by torch.utils.flop_counter."""
     model = Decoder(cfg, replace(Ops(), attention=square_attention))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.set_rope(cfg.rope, T)
-    set_recompute(model, mode, option)
+    set_recompute(model, mode, option, preserve_rng_state=False, early_stop=early_stop)
     with FlopCounterMode(display=False) as counter:
         out = model.logits(model(torch.zeros(B, T, dtype=torch.long), torch.arange(T).expand(B, T))).sum()
         forward = counter.get_total_flops()
@@ -58,15 +58,26 @@ def test_equal_to_the_counter(tied: bool) -> None:
     assert step == model_flops(cfg, B * T, pairs)
 
 
-@pytest.mark.parametrize(
-    ("mode", "option"), [("full", "2"), ("selective", "2"), ("selective", "3"), ("selective", "op")]
-)
-def test_recomputation_equal_to_the_counter(mode: str, option: str) -> None:
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize(("mode", "option"), [("full", "2"), ("selective", "2"), ("selective", "3")])
+def test_recomputation_equal_to_the_counter(mode: str, option: str, early_stop: bool) -> None:
     cfg = ModelConfig("t", 32, 5, 4, 2, 16, 56, 77)
     pairs = B * T * T
-    share = recomputed_share(cfg.n_layers, mode, option)
-    tiled_scores = forward_flops(cfg, 0, pairs) // 2  # this attention keeps its scores, a tiled one does not
-    assert counted(cfg, mode, option)[1] == hardware_flops(cfg, B * T, pairs, recomputed=share) - tiled_scores
+    tiled_scores = forward_flops(cfg, 0, pairs) // 2  # the attention here keeps its scores
+    expected = hardware_flops(cfg, B * T, pairs, recompute=(mode, option), early_stop=early_stop)
+    assert counted(cfg, mode, option, early_stop)[1] == expected - tiled_scores
+
+
+def test_every_second_product_is_repeated() -> None:
+    cfg = ModelConfig("t", 32, 5, 4, 2, 16, 56, 77)
+    again = hardware_flops(cfg, 10, 0, recompute=("selective", "op")) - model_flops(cfg, 10, 0)
+    assert again == 5 * 2 * 10 * (32 * 32 + 64 * 32 + 56 * 32)  # wk, wo, w3
+
+
+def test_packed_batch() -> None:
+    cfg = ModelConfig("t", 32, 5, 4, 2, 16, 56, 77)
+    cu = torch.tensor([[0, 4, 10, 10], [0, 12, 12, 12]], dtype=torch.int32)
+    assert train_flops(cfg, cu) == model_flops(cfg, 10 + 12, 10 + 21 + 78)
 
 
 def test_pairs_by_brute_force() -> None:
@@ -125,6 +136,10 @@ def test_near_six_per_parameter() -> None:
 )
 def test_peaks(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+def test_peak_of_a_cpu_device_is_unknown() -> None:
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_utilisation() -> None:
