@@ -183,6 +183,14 @@ def test_neighbouring_rows_come_from_distant_superblocks():
         assert all(len(set(batch.tolist())) == 20 for batch in batches)
 
 
+def test_after_a_change_of_length_all_lanes_take_turns():
+    """Also when some were read further than others: a batch of the open group has one window of each lane."""
+    source = order(4096 * 30 + 1, 4096, 6)
+    cursor = source.enter([Visit(1024, 6 + 2), Visit(512, 4)], 256)  # six lanes; tails of 2048 to 2560 tokens
+    block = starts(cursor, 0, 60) // 4096
+    assert all(len(set(turn.tolist())) == 6 for turn in block[:48].reshape(8, 6))
+
+
 def test_seeds_epochs_and_sources_have_orders_of_their_own():
     base = starts(order(10**6, 512, 40).enter([], 512), 0, 200)
     assert not np.array_equal(base, starts(order(10**6, 512, 40, seed=2).enter([], 512), 0, 200))
