@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     run = out / "run"
     shutil.rmtree(run, ignore_errors=True)
     prepare(out)
-    say("Training: general -> reasoning -> long_context, killed after step %d" % options.kill_at)
+    say(f"Training: general -> reasoning -> long_context, killed after step {options.kill_at}")
     before = train_and_kill(out, run, options.nproc, options.kill_at)
     say("Resuming: nothing to do by hand, the same command")
     subprocess.run(command(out, run, options.nproc), cwd=ROOT, check=True)
