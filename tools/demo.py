@@ -60,14 +60,14 @@ def prepare(out: Path) -> None:
     say("Real text from the installed packages: prose, mathematics, code")
     corpus, data = out / "corpus", out / "data"
     if not (corpus / "code").exists():
-        subprocess.run([sys.executable, "-m", "tools.demo_corpus", "--output", str(corpus)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "tools.demo_corpus", str(corpus)], cwd=ROOT, check=True)
     tokenizer = out / "tokenizer.json"
     tool = [sys.executable, "-m", "tools.preprocess"]
     if not tokenizer.exists():
         say("A tokenizer trained on it")
         texts = [str(corpus / domain) for domain in DOMAINS]
         subprocess.run(
-            [*tool, "train-tokenizer", *texts, "--vocab-size", "4096", "--output", str(tokenizer)], cwd=ROOT, check=True
+            [*tool, "train-tokenizer", *texts, "--vocab", "4096", "--output", str(tokenizer)], cwd=ROOT, check=True
         )
     for domain in DOMAINS:
         folder = data / domain
