@@ -6,6 +6,7 @@ Everything comes from what is installed: no hub, no download. Needs 2 processes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -88,27 +89,29 @@ def command(out: Path, run: Path, nproc: int) -> list[str]:
 
 def train_and_kill(out: Path, run: Path, nproc: int, kill_at: int) -> list[dict[str, Any]]:
     """Start training and kill the whole job without warning after `kill_at` updates; its records until then."""
-    process = subprocess.Popen(command(out, run, nproc), cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command(out, run, nproc), cwd=ROOT)
     while process.poll() is None:
         records = read_records(run)
         if records and records[-1]["step"] >= kill_at:
-            os.killpg(process.pid, signal.SIGKILL)
-            kill_workers(process.pid)
+            kill_job(process.pid)
             process.wait()
             return read_records(run)
         time.sleep(0.1)
     raise SystemExit(f"training ended with code {process.returncode} before step {kill_at}")
 
 
-def kill_workers(session: int) -> None:
-    """Workers run in process groups of their own: kill what is left of the launcher's session."""
+def kill_job(launcher: int) -> None:
+    """SIGKILL to the launcher and its workers at once, as when a node dies: nobody gets to clean up."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session:
-            os.kill(int(stat.parent.name), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    job = [launcher]
+    for process in job:  # grows while children are found
+        job += [child for child, parent in parents.items() if parent == process]
+    for process in job:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
