@@ -20,7 +20,7 @@ def schema() -> dict[str, Any]:
     """The schema (draft 7), with older key names as deprecated properties."""
     raw = Config.model_json_schema(ref_template="#/definitions/{model}")
     definitions = raw.pop("$defs")
-    tables = {name: prop["$ref"].rpartition("/")[2] for name, prop in raw["properties"].items()}
+    tables = {name: field.annotation.__name__ for name, field in Config.model_fields.items() if field.annotation}
     for alias, name in ALIASES.items():
         (old_table, old_key), (new_table, new_key) = alias.split("."), name.split(".")
         meant = definitions[tables[new_table]]["properties"][new_key]
@@ -50,6 +50,8 @@ def _clean(node: Any, *, names: bool = False) -> Any:
     if len(options) == 1:
         del result["anyOf"]
         result = {**options[0], **result}
+    if len(result.get("allOf", ())) == 1:  # how pydantic before 2.9 writes a reference with a description
+        result = {**result.pop("allOf")[0], **result}
     if "$ref" in result:
         result.pop("default", None)
     return result
