@@ -62,16 +62,7 @@ def _skipped(order: Any, before: Sequence[Visit], seq_len: int) -> str:
 
 
 def _notes(stage: DataStage, integers: np.ndarray) -> list[str]:
-    weights = list(stage.dataset_weights)
-    if not weights:
-        return ["Note: no weights given, so every token of every source counts the same"] if len(integers) > 1 else []
-    notes = []
-    total = sum(weights)
-    if abs(total - 1) > 1e-9 and len(weights) > 1:
-        notes.append(f"Note: weights sum to {total:.6g} and are normalised")
-    if not is_exact(weights, integers):
-        notes.append(f"Note: weights are rounded to {', '.join(map(str, integers.tolist()))} of {int(integers.sum())}")
-    inherited: frozenset[str] = getattr(stage, "inherited", frozenset())
-    if "dataset_weights" in inherited and "dataset_folders" not in inherited:
-        notes.append("Note: weights are inherited for new folders")
-    return notes
+    if not stage.dataset_weights or is_exact(stage.dataset_weights, integers):
+        return []
+    shown = integers.tolist() if len(integers) <= 16 else [*integers[:16].tolist(), "..."]
+    return [f"Note: weights are rounded to {', '.join(map(str, shown))} of {int(integers.sum())}"]

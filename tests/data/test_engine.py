@@ -10,6 +10,7 @@ from source_files import FakeStage, documents, write_megatron, write_nanoset, wr
 
 from megastage.data.engine import DataEngine
 from megastage.data.index import DataError
+from megastage.data.packed_memmap import PackedMemmapWriter, TokenizerFacts
 from megastage.data.sources.base import SourceError, SourceOptions
 
 
@@ -306,7 +307,16 @@ def test_plan_lines_say_what_is_read(data):
     shown = [float(x) for x in lines[0].split("(")[1].split(")")[0].split(" -> ")]
     assert shown == pytest.approx([before, after], rel=0.25)
     assert "skipped: " in lines[0]
-    weighted = replace(stages[1], dataset_weights=(0.4, 0.61))
-    assert "Note: weights sum to 1.01 and are normalised" in DataEngine.build([weighted]).plan_lines(weighted)
-    unweighted = replace(stages[1], dataset_weights=())
-    assert "no weights given" in DataEngine.build([unweighted]).plan_lines(unweighted)[-1]
+    rounded = replace(stages[1], dataset_weights=(1 / 3, 2 / 3 + 1e-7))
+    assert "Note: weights are rounded to" in DataEngine.build([rounded]).plan_lines(rounded)[-1]
+
+
+def test_sources_of_two_tokenizers_are_refused(data):
+    for name, sha in (("p", "ab" * 32), ("q", "cd" * 32)):
+        with PackedMemmapWriter(data / name, "uint16", tokenizer=TokenizerFacts(name, sha, 100)) as writer:
+            writer.append(np.arange(50))
+    one = FakeStage(0, "one", dataset_type="packed_memmap", dataset_path=str(data / "p"))
+    two = FakeStage(1, "two", dataset_type="packed_memmap", dataset_path=str(data / "q"))
+    DataEngine.build([one])
+    with pytest.raises(DataError, match=r"q: made with another tokenizer \(sha256 cdcd.* than .*p \(abab"):
+        DataEngine.build([one, two])
