@@ -11,7 +11,7 @@ from megastage.data.blend import is_exact
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.lanes import LaneOrder
 from megastage.data.order import Visit
-from megastage.data.state import StageRecord, history, record_of
+from megastage.data.state import StageRecord, histories, record_of
 
 
 def plan_lines(
@@ -23,14 +23,15 @@ def plan_lines(
     mine = index.stages[stage.index]
     past = [_planned(s, index, records) for s in stages if s.index < stage.index and s.index in index.stages]
     planned = _planned(stage, index, [])
-    rows = planned.rows(mine.table)
+    rows = mine.table.counts_at(planned.samples).tolist()
+    visits = histories(past, index)
     lines = []
     for number, source in enumerate(mine.sources):
         key = mine.order_key(number)
         if key not in index.orders or not mine.weights[number]:
             lines.append(f"Source {source.path}: not drawn (weight 0)")
             continue
-        order, before = index.orders[key], history(past, key, {})
+        order, before = index.orders[key], visits.get(key, [])
         start = order.planned_epochs(before)
         stop = order.planned_epochs([*before, Visit(stage.seq_len, rows[number])])
         line = (

@@ -1,6 +1,7 @@
 """The engine's promises: one global order, on any layout and number of workers, before and after a resume."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -320,3 +321,51 @@ def test_sources_of_two_tokenizers_are_refused(data):
     DataEngine.build([one])
     with pytest.raises(DataError, match=r"q: made with another tokenizer \(sha256 cdcd.* than .*p \(abab"):
         DataEngine.build([one, two])
+
+
+def test_resume_takes_no_longer_after_a_billion_samples(data):
+    """Weights of a full-size table, six stages, 64 sources: entering is closed forms and look-ups."""
+    folders = []
+    for number in range(64):
+        folder = data / f"s{number}"
+        folder.mkdir()
+        (np.arange(40_000) % 5_000 + number).astype(np.uint16).tofile(folder / "x.ds")
+        (folder / "x.ds.metadata").write_text("t|2\n40000\n")
+        folders.append(str(folder))
+    weights = tuple(1 / (i + 1.01) for i in range(64))
+    lengths = [512, 1024, 512, 2048, 4096, 512]
+    stages = [
+        FakeStage(i, f"s{i}", 10**6 * i, 10**6 * (i + 1), dataset_folders=tuple(folders), dataset_weights=weights,
+                  seq_len=length, global_batch_size=1000)
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+    engine = DataEngine.build(stages)
+    for stage in stages:
+        engine.enter(stage.index, data_rank=0, data_ranks=1)
+        engine._records[-1].samples = 10**9
+    state = engine.state()
+    assert len(json.dumps(state)) < 200_000
+    resumed = DataEngine.build(stages, state=state)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        resumed.enter(5, data_rank=0, data_ranks=125)
+        batch = resumed.next()
+        seconds.append(time.perf_counter() - started)
+    assert batch.ids_B[0] == 10**9 + 2000  # the third batch
+    assert min(seconds) < 0.5  # a few tens of milliseconds on a quiet machine
+
+
+def test_the_default_configuration_reads_its_data(data):
+    from megastage.config.layout import resolve_layout
+    from megastage.config.load import load_config
+    from megastage.stages import resolve_stages
+
+    config = load_config([])
+    stages = resolve_stages(config, resolve_layout(config, 1), seed=1)
+    engine = DataEngine.build(stages, options=SourceOptions(cache_folder=data / "cache"), vocab_size=2048)
+    engine.enter(0, data_rank=0, data_ranks=1)
+    batch = engine.next()
+    assert batch.tokens_BT.shape == (8, 2048)
+    assert (batch.labels_BT != -100).float().mean() > 0.99
+    assert len(engine.plan_lines(stages[0])) == 1
