@@ -47,7 +47,7 @@ class _Run:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         into_decay = step - (self.total_steps - self.decay_steps)
-        if into_decay <= 0:
+        if into_decay <= 0 or self.decay_steps == 0:
             return self.peak
         left = decay_factor(self.decay_type, min(1.0, into_decay / self.decay_steps))
         return self.peak * (self.min_lr_factor + (1.0 - self.min_lr_factor) * left)

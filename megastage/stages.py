@@ -126,7 +126,7 @@ def _change_line(change: Change) -> str:
         return f"New weights: {_shares(change.new)}"
     if change.field == "dataset_folders":
         return f"New dataset_folders: {json.dumps(list(change.new))}"
-    if change.old is None and change.field in _EVENTS:
+    if change.field in _EVENTS:
         return f"New {change.field}: {_plain(change.new)}"
     return f"New {change.field}: {_plain(change.old)} -> {_plain(change.new)}"
 
@@ -141,7 +141,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return f"{value:g}" if abs(value) < 1e15 else repr(value)
+        return f"{value:.12g}"
     if hasattr(value, "kind"):
         return f"{value.kind} x{value.factor:g}"
     return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 
@@ -20,11 +21,16 @@ def show(value: object) -> str:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, str):
-        text = '"' + value.replace('"', '\\"') + '"'
+        text = json.dumps(value, ensure_ascii=False)
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(show(item) for item in value) + "]"
     elif isinstance(value, dict):
-        text = "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
+        text = "{" + ", ".join(f"{bare_key(name)} = {show(item)}" for name, item in value.items()) + "}"
     else:
         text = str(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def bare_key(name: str) -> str:
+    """A key as TOML writes it: quoted where it isn't a plain word."""
+    return name if name.replace("_", "a").replace("-", "a").isalnum() else json.dumps(name, ensure_ascii=False)

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from megastage.config.aliases import canonical
 from megastage.config.checks import check, static_problems
-from megastage.config.errors import ConfigError, show
+from megastage.config.errors import ConfigError, bare_key, show
 from megastage.config.fields import all_keys, bare, find, is_table, item_type, nearest
 from megastage.config.help import help_text
 from megastage.config.keys import Section
@@ -96,7 +96,7 @@ def _known(tables: dict[str, Any], section: type[Section], path: str, problems: 
     """`tables` without the keys that `section` doesn't know, each of which becomes a problem."""
     result: dict[str, Any] = {}
     for name, value in tables.items():
-        here = f"{path}.{name}" if path else name
+        here = f"{path}.{bare_key(name)}" if path else bare_key(name)
         field = section.model_fields.get(name)
         if field is None:
             problems.append(_unknown(here, value, root=not path))
@@ -135,7 +135,7 @@ def _refuse_none(value: Any, path: str, problems: list[str]) -> None:
     """The string "None" is never meant: TOML has no null, and an unset key is left out."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            _refuse_none(entry, f"{path}.{name}" if path else name, problems)
+            _refuse_none(entry, f"{path}.{bare_key(name)}" if path else name, problems)
     elif isinstance(value, list):
         for index, entry in enumerate(value):
             _refuse_none(entry, f"{path}[{index}]", problems)

@@ -186,6 +186,9 @@ def _with_batches(
                 f"but a 1F1B pipeline of {layout.pp} parts needs at least {layout.pp}; raise global_batch_size to "
                 f"{ranks * micro * layout.pp}, or lower pipeline_parallel_microbatch_size"
             )
+        if layout.pp > 1 and span.table is not None and span.table.local_batch_size is not None:
+            note = f"local_batch_size is not used by a pipeline, whose micro-batches have {what} = {micro} rows"
+            stage = replace(stage, notes=(*stage.notes, note))
         result.append(
             replace(stage, global_batch_size=rows, data_ranks=ranks, micro_batch_size=micro, micro_batches=count)
         )
