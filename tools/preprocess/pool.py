@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -69,13 +69,27 @@ def _collect(
     running: dict[Future[ShardFacts], int] = {}
     while True:
         for piece in itertools.islice(waiting, 2 * workers - len(running)):
-            running[pool.submit(_work, piece)] = piece.index
+            with _interrupts_blocked():
+                running[pool.submit(_work, piece)] = piece.index
         if not running:
             return results
         done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
         for future in sorted(done, key=running.__getitem__):
             results[running.pop(future)] = future.result()
         poll()
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, not even while they start: ending them is the parent's part.
+
+    The parent itself gets a Ctrl-C that falls inside as soon as this is over.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
@@ -116,7 +130,6 @@ def _load(settings: Settings) -> Tokenizer:
 
 
 def _start_worker(settings: Settings, counter: Any, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
     _die_with(parent)
     _Worker.settings, _Worker.counter = settings, counter
