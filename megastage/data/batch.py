@@ -15,6 +15,8 @@ from torch import Tensor
 from megastage.data.order import Rows
 from megastage.data.sources.base import IGNORED, SourceError, TokenSource
 
+_SHORT = 100  # tokens: shorter documents on average are faster counted all at once than one by one
+
 
 @dataclass
 class Batch:
@@ -81,7 +83,8 @@ def assemble(
         labels[last] = np.where(ended, np.where(followed, labels[last], IGNORED), last_label)
     for r in np.flatnonzero(pieces.valid_B < T).tolist():
         labels[r * T + pieces.valid_B[r] : (r + 1) * T] = IGNORED
-    _given_labels(sources, pieces, labels)
+    given = _given_labels(sources, pieces, labels)
+    _check_vocabulary(sources, pieces, (tokens, last_label, *given), vocab_size)
     if document_mask:
         ends = _document_ends(sources, pieces)
         labels[ends - 1] = IGNORED
@@ -89,7 +92,6 @@ def assemble(
         ends = np.union1d(ends, last + 1)
     else:
         ends = np.arange(B) * T + pieces.valid_B
-    _check_vocabulary(sources, pieces, tokens, labels, vocab_size)
     return Batch(
         torch.from_numpy(tokens.reshape(B, T)),
         torch.from_numpy(labels.reshape(B, T)),
@@ -175,14 +177,18 @@ def _document_joints(sources: Sequence[TokenSource], pieces: _Pieces) -> tuple[n
     return ended, np.append(pieces.row[1:] == pieces.row[:-1], False)
 
 
-def _given_labels(sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray) -> None:
+def _given_labels(sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray) -> list[np.ndarray]:
+    """Put labels that come with the data in place; returns them."""
+    given = []
     for number in pieces.used():
         source = sources[number]
         if not source.has_labels:
             continue
         for p in pieces.of(number).tolist():
             start, length, at = int(pieces.starts[p]), int(pieces.lengths[p]), int(pieces.at[p])
-            labels[at : at + length] = source.labels(start, start + length)
+            given.append(labels[at : at + length])
+            given[-1][:] = source.labels(start, start + length)
+    return given
 
 
 def _document_ends(sources: Sequence[TokenSource], pieces: _Pieces) -> np.ndarray:
@@ -200,9 +206,12 @@ def _positions(ends: np.ndarray, B: int, T: int) -> np.ndarray:
     """int64[B, T]: positions from 0 at each row start and behind each end; `ends` ascend, in flat coordinates."""
     starts = np.union1d(np.arange(B) * T, ends[ends < B * T])
     lengths = np.diff(starts, append=B * T)
-    if len(starts) == B:
-        return np.tile(np.arange(T), (B, 1))
-    return (np.arange(B * T) - np.repeat(starts, lengths)).reshape(B, T)
+    if len(starts) * _SHORT > B * T:
+        return (np.arange(B * T) - np.repeat(starts, lengths)).reshape(B, T)
+    positions, count = np.empty(B * T, np.int64), np.arange(T)
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+        positions[start : start + length] = count[:length]
+    return positions.reshape(B, T)
 
 
 def _cu_seqlens(ends: np.ndarray, valid_B: np.ndarray, T: int) -> np.ndarray:
@@ -219,25 +228,32 @@ def _cu_seqlens(ends: np.ndarray, valid_B: np.ndarray, T: int) -> np.ndarray:
 
 
 def _check_vocabulary(
-    sources: Sequence[TokenSource],
-    pieces: _Pieces,
-    tokens: np.ndarray,
-    labels: np.ndarray,
-    vocab_size: int | None,
+    sources: Sequence[TokenSource], pieces: _Pieces, values: Sequence[np.ndarray], vocab_size: int | None
 ) -> None:
-    if vocab_size is None:
-        vocab_size = 1 << 62
-    if tokens.min() >= 0 and max(tokens.max(), labels.max()) < vocab_size and labels.min() >= IGNORED:
+    """values: the flat tokens, the token behind each piece, then labels that came with the data; -100 passes."""
+    limit = 1 << 62 if vocab_size is None else vocab_size
+    tokens, last_label = values[0], values[1]
+    # as unsigned numbers negative ones are too large as well, so that one pass finds both
+    if int(tokens.view(np.uint64).max()) < limit and all(_within(labels, limit) for labels in values[1:]):
         return
-    bad = (tokens < 0) | (tokens >= vocab_size) | (labels >= vocab_size) | ((labels < 0) & (labels != IGNORED))
-    flat = int(np.flatnonzero(bad)[0])
-    p = int(np.searchsorted(pieces.at, flat, "right")) - 1
-    in_label = 0 <= tokens[flat] < vocab_size
-    wrong = labels[flat] if in_label else tokens[flat]
-    source = sources[int(pieces.source[p])]
-    position = int(pieces.starts[p]) + flat - int(pieces.at[p]) + in_label
+    bad = np.flatnonzero(tokens.view(np.uint64) >= limit)
+    behind = np.flatnonzero((last_label >= limit) | ((last_label < 0) & (last_label != IGNORED)))
+    if bad.size:
+        flat = int(bad[0])
+        p = int(np.searchsorted(pieces.at, flat, "right")) - 1
+        wrong, where = int(tokens[flat]), f"at position {int(pieces.starts[p]) + flat - int(pieces.at[p])}"
+    elif behind.size:
+        p = int(behind[0])
+        wrong, where = int(last_label[p]), f"at position {int(pieces.starts[p] + pieces.lengths[p])}"
+    else:
+        labels = next(labels for labels in values[2:] if not _within(labels, limit))
+        p = next(p for p, number in enumerate(pieces.source.tolist()) if sources[number].has_labels)
+        wrong, where = int(labels.max() if labels.max() >= limit else labels.min()), "among the labels"
     raise SourceError(
-        f"{source.path}: token {int(wrong)} at position {position} of its stream "
-        f"is outside the model's vocabulary of {vocab_size}; use the tokenizer that made the data, or a model with "
-        "a larger vocabulary"
+        f"{sources[int(pieces.source[p])].path}: token {wrong} {where} of its stream is outside the model's vocabulary"
+        f" of {limit}; use the tokenizer that made the data, or a model with a larger vocabulary"
     )
+
+
+def _within(labels: np.ndarray, limit: int) -> bool:
+    return not labels.size or bool(labels.max() < limit and ((labels >= 0) | (labels == IGNORED)).all())

@@ -105,7 +105,7 @@ class DataEngine:
             self._records.append(record_of(stage, self.index))
         *before, record = self._records
         self._stage, self._slice = stage, (rows * data_rank // data_ranks, rows * (data_rank + 1) // data_ranks)
-        self._planner = planner = Planner(self.index.stages[stage_index], dict(self.index.orders), before, record)
+        self._planner = planner = Planner(self.index, before, record)
         first = record.samples
         self._loader = Prefetcher(
             lambda number: planner.plan(first + number * rows, first + (number + 1) * rows),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -126,6 +126,7 @@ def build_index(
         problems: list[str] = []
         try:
             opened = _open_all(stages, options, problems)
+            problems.extend(_tokenizer_problems(opened.values(), options))
             built = _index(stages, opened, vocab_size, settings or {}, problems)
             report = {"problems": problems} if problems else _describe(built)
         except Exception as error:  # whatever it is, the others must not wait for it
@@ -221,11 +222,27 @@ def _stage_problems(stage: DataStage, sources: Sequence[TokenSource], vocab_size
     return problems
 
 
+def _tokenizer_problems(sources: Iterable[TokenSource], options: SourceOptions) -> list[str]:
+    """All sources that record their tokenizer must agree, with the model's too where it is known."""
+    known = None if options.tokenizer is None else ("the model's tokenizer", options.tokenizer.sha256)
+    problems = []
+    for source in sources:
+        if source.tokenizer_hash is None:
+            continue
+        known = known or (source.path, source.tokenizer_hash)
+        if source.tokenizer_hash != known[1]:
+            problems.append(
+                f"{source.path}: made with another tokenizer (sha256 {source.tokenizer_hash[:16]}...) than "
+                f"{known[0]} ({known[1][:16]}...); tokenize again with one tokenizer"
+            )
+    return problems
+
+
 def _weights(stage: DataStage, sources: Sequence[TokenSource]) -> np.ndarray:
-    """Integer weights; without any in the config every token of every source counts the same."""
+    """Integer weights; without any in the config equal ones."""
     if len(stage.dataset_weights) not in (0, len(sources)):
         raise SourceError(f"dataset_weights has {len(stage.dataset_weights)} values for {len(sources)} sources")
-    return integer_weights(stage.dataset_weights or [source.n_tokens for source in sources])
+    return integer_weights(stage.dataset_weights or [1] * len(sources))
 
 
 def _make_orders(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megastage.data.index import StageIndex
-from megastage.data.order import Cursor, Order, Rows, ragged_index
-from megastage.data.state import StageRecord, history
+from megastage.data.index import DataIndex
+from megastage.data.order import Cursor, Rows, ragged_index
+from megastage.data.state import StageRecord, histories
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Planner:
 
     def __init__(
         self,
-        index: StageIndex,
-        orders: dict[str, Order],
+        index: DataIndex,
         records: Sequence[StageRecord],
         record: StageRecord,
     ) -> None:
         """records: of the stages before; record: of this stage (its samples and marks say where it goes on)."""
-        self._index, self._record = index, record
+        self._index = mine = index.stages[record.index]
+        past = histories(records, index)
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
-        self._hashes = np.frombuffer(b"".join(source.fingerprint for source in index.sources), "V32")
-        for number in np.flatnonzero(index.weights).tolist():
-            key = index.order_key(number)
-            before = history(records, key, {})
+        self._hashes = np.frombuffer(b"".join(source.fingerprint for source in mine.sources), "V32")
+        for number in np.flatnonzero(mine.weights).tolist():
+            key = mine.order_key(number)
+            before = past.get(key, [])
             offset = 0
             if before and before[-1].seq_len == record.seq_len:
                 # the same length goes on in the same rows: a boundary that changes only the mixture costs nothing
@@ -59,7 +59,7 @@ class Planner:
                 offset, mark = last.rows, record.marks.get(key, last.mark)
             else:
                 mark = record.marks.get(key)
-            self._cursors[number] = orders[key].enter(before, record.seq_len, mark)
+            self._cursors[number] = index.orders[key].enter(before, record.seq_len, mark)
             self._offsets[number] = offset
 
     def plan(self, start: int, stop: int) -> Plan:

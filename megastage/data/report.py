@@ -11,7 +11,7 @@ from megastage.data.blend import is_exact
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.lanes import LaneOrder
 from megastage.data.order import Visit
-from megastage.data.state import StageRecord, history, record_of
+from megastage.data.state import StageRecord, histories, record_of
 
 
 def plan_lines(
@@ -23,14 +23,15 @@ def plan_lines(
     mine = index.stages[stage.index]
     past = [_planned(s, index, records) for s in stages if s.index < stage.index and s.index in index.stages]
     planned = _planned(stage, index, [])
-    rows = planned.rows(mine.table)
+    rows = mine.table.counts_at(planned.samples).tolist()
+    visits = histories(past, index)
     lines = []
     for number, source in enumerate(mine.sources):
         key = mine.order_key(number)
         if key not in index.orders or not mine.weights[number]:
             lines.append(f"Source {source.path}: not drawn (weight 0)")
             continue
-        order, before = index.orders[key], history(past, key, {})
+        order, before = index.orders[key], visits.get(key, [])
         start = order.planned_epochs(before)
         stop = order.planned_epochs([*before, Visit(stage.seq_len, rows[number])])
         line = (
@@ -62,16 +63,7 @@ def _skipped(order: Any, before: Sequence[Visit], seq_len: int) -> str:
 
 
 def _notes(stage: DataStage, integers: np.ndarray) -> list[str]:
-    weights = list(stage.dataset_weights)
-    if not weights:
-        return ["Note: no weights given, so every token of every source counts the same"] if len(integers) > 1 else []
-    notes = []
-    total = sum(weights)
-    if abs(total - 1) > 1e-9 and len(weights) > 1:
-        notes.append(f"Note: weights sum to {total:.6g} and are normalised")
-    if not is_exact(weights, integers):
-        notes.append(f"Note: weights are rounded to {', '.join(map(str, integers.tolist()))} of {int(integers.sum())}")
-    inherited: frozenset[str] = getattr(stage, "inherited", frozenset())
-    if "dataset_weights" in inherited and "dataset_folders" not in inherited:
-        notes.append("Note: weights are inherited for new folders")
-    return notes
+    if not stage.dataset_weights or is_exact(stage.dataset_weights, integers):
+        return []
+    shown = integers.tolist() if len(integers) <= 16 else [*integers[:16].tolist(), "..."]
+    return [f"Note: weights are rounded to {', '.join(map(str, shown))} of {int(integers.sum())}"]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megastage.data.blend import BlendTable
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.order import Visit
 
@@ -36,10 +35,6 @@ class StageRecord:
         """The order key of each source."""
         return [f"{fingerprint}:{self.seed}" for fingerprint in self.sources]
 
-    def rows(self, table: BlendTable | None = None) -> list[int]:
-        """Rows consumed of each source."""
-        return (table or BlendTable.build(self.weights)).counts_at(self.samples).tolist()
-
 
 def record_of(stage: DataStage, index: DataIndex) -> StageRecord:
     """A fresh record of a stage that begins."""
@@ -55,20 +50,19 @@ def record_of(stage: DataStage, index: DataIndex) -> StageRecord:
     )
 
 
-def history(records: Sequence[StageRecord], key: str, tables: Mapping[int, BlendTable]) -> list[Visit]:
-    """The visits of one order in these records; neighbours of one length are one visit, as if no boundary lay there."""
-    visits: list[Visit] = []
+def histories(records: Sequence[StageRecord], index: DataIndex) -> dict[str, list[Visit]]:
+    """By order key, its visits in these records; neighbours of one length are one, as if no boundary lay there."""
+    found: dict[str, list[Visit]] = {}
     for record in records:
-        if key not in record.keys:
-            continue
-        rows = record.rows(tables.get(record.index))[record.keys.index(key)]
-        mark = record.marks.get(key)
-        if rows and visits and visits[-1].seq_len == record.seq_len:
-            # the later mark counts from the beginning of the joined visit
-            visits[-1] = Visit(record.seq_len, visits[-1].rows + rows, mark)
-        elif rows:
-            visits.append(Visit(record.seq_len, rows, mark))
-    return visits
+        counts = index.stages[record.index].table.counts_at(record.samples).tolist()
+        for key, rows in zip(record.keys, counts):
+            visits, mark = found.setdefault(key, []), record.marks.get(key)
+            if rows and visits and visits[-1].seq_len == record.seq_len:
+                # the later mark counts from the beginning of the joined visit
+                visits[-1] = Visit(record.seq_len, visits[-1].rows + rows, mark)
+            elif rows:
+                visits.append(Visit(record.seq_len, rows, mark))
+    return found
 
 
 def to_json(records: Sequence[StageRecord], index: DataIndex) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The engine's promises: one global order, on any layout and number of workers, before and after a resume."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from source_files import FakeStage, documents, write_megatron, write_nanoset, wr
 
 from megastage.data.engine import DataEngine
 from megastage.data.index import DataError
+from megastage.data.packed_memmap import PackedMemmapWriter, TokenizerFacts
 from megastage.data.sources.base import SourceError, SourceOptions
 
 
@@ -306,7 +308,64 @@ def test_plan_lines_say_what_is_read(data):
     shown = [float(x) for x in lines[0].split("(")[1].split(")")[0].split(" -> ")]
     assert shown == pytest.approx([before, after], rel=0.25)
     assert "skipped: " in lines[0]
-    weighted = replace(stages[1], dataset_weights=(0.4, 0.61))
-    assert "Note: weights sum to 1.01 and are normalised" in DataEngine.build([weighted]).plan_lines(weighted)
-    unweighted = replace(stages[1], dataset_weights=())
-    assert "no weights given" in DataEngine.build([unweighted]).plan_lines(unweighted)[-1]
+    rounded = replace(stages[1], dataset_weights=(1 / 3, 2 / 3 + 1e-7))
+    assert "Note: weights are rounded to" in DataEngine.build([rounded]).plan_lines(rounded)[-1]
+
+
+def test_sources_of_two_tokenizers_are_refused(data):
+    for name, sha in (("p", "ab" * 32), ("q", "cd" * 32)):
+        with PackedMemmapWriter(data / name, "uint16", tokenizer=TokenizerFacts(name, sha, 100)) as writer:
+            writer.append(np.arange(50))
+    one = FakeStage(0, "one", dataset_type="packed_memmap", dataset_path=str(data / "p"))
+    two = FakeStage(1, "two", dataset_type="packed_memmap", dataset_path=str(data / "q"))
+    DataEngine.build([one])
+    with pytest.raises(DataError, match=r"q: made with another tokenizer \(sha256 cdcd.* than .*p \(abab"):
+        DataEngine.build([one, two])
+
+
+def test_resume_takes_no_longer_after_a_billion_samples(data):
+    """Weights of a full-size table, six stages, 64 sources: entering is closed forms and look-ups."""
+    folders = []
+    for number in range(64):
+        folder = data / f"s{number}"
+        folder.mkdir()
+        (np.arange(40_000) % 5_000 + number).astype(np.uint16).tofile(folder / "x.ds")
+        (folder / "x.ds.metadata").write_text("t|2\n40000\n")
+        folders.append(str(folder))
+    weights = tuple(1 / (i + 1.01) for i in range(64))
+    lengths = [512, 1024, 512, 2048, 4096, 512]
+    stages = [
+        FakeStage(i, f"s{i}", 10**6 * i, 10**6 * (i + 1), dataset_folders=tuple(folders), dataset_weights=weights,
+                  seq_len=length, global_batch_size=1000)
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+    engine = DataEngine.build(stages)
+    for stage in stages:
+        engine.enter(stage.index, data_rank=0, data_ranks=1)
+        engine._records[-1].samples = 10**9
+    state = engine.state()
+    assert len(json.dumps(state)) < 200_000
+    resumed = DataEngine.build(stages, state=state)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        resumed.enter(5, data_rank=0, data_ranks=125)
+        batch = resumed.next()
+        seconds.append(time.perf_counter() - started)
+    assert batch.ids_B[0] == 10**9 + 2000  # the third batch
+    assert min(seconds) < 0.5  # a few tens of milliseconds on a quiet machine
+
+
+def test_the_default_configuration_reads_its_data(data):
+    from megastage.config.layout import resolve_layout
+    from megastage.config.load import load_config
+    from megastage.stages import resolve_stages
+
+    config = load_config([])
+    stages = resolve_stages(config, resolve_layout(config, 1), seed=1)
+    engine = DataEngine.build(stages, options=SourceOptions(cache_folder=data / "cache"), vocab_size=2048)
+    engine.enter(0, data_rank=0, data_ranks=1)
+    batch = engine.next()
+    assert batch.tokens_BT.shape == (8, 2048)
+    assert (batch.labels_BT != -100).float().mean() > 0.99
+    assert len(engine.plan_lines(stages[0])) == 1

@@ -34,17 +34,6 @@ def write_jsonl(path: Path, rows: list[str], field: str = "text") -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    source = write_jsonl(folder / "train.jsonl", texts(300))
-    assert (
-        main(["train-tokenizer", str(source), "--vocab", "300", "--output", str(folder / "toy" / "tokenizer.json")])
-        == 0
-    )
-    return folder / "toy" / "tokenizer.json"
-
-
 @pytest.fixture
 def tokenize(tmp_path: Path, bpe: Path) -> Callable[..., Path]:
     def run(*arguments: object, output: str = "out") -> Path:

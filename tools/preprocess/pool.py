@@ -69,7 +69,7 @@ def _collect(
     running: dict[Future[ShardFacts], int] = {}
     while True:
         for piece in itertools.islice(waiting, 2 * workers - len(running)):
-            with _ignoring_interrupts():
+            with _interrupts_blocked():
                 running[pool.submit(_work, piece)] = piece.index
         if not running:
             return results
@@ -80,16 +80,16 @@ def _collect(
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, not even while they start: ending them is the parent's part."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, not even while they start: ending them is the parent's part.
+
+    The parent itself gets a Ctrl-C that falls inside as soon as this is over.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
@@ -130,7 +130,6 @@ def _load(settings: Settings) -> Tokenizer:
 
 
 def _start_worker(settings: Settings, counter: Any, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
     _die_with(parent)
     _Worker.settings, _Worker.counter = settings, counter

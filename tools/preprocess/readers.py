@@ -97,9 +97,9 @@ def _parse(line: bytes, text_field: str, kind: str) -> str | BadLine | None:
     if not line.strip():
         return None
     try:
-        if kind == "lines":
-            return line.decode("utf-8").rstrip("\r\n")
-        return _field(json.loads(line), text_field)
+        # Decoded here: given bytes, json guesses among UTF-8, 16 and 32.
+        text = line.decode("utf-8").rstrip("\r\n")
+        return text if kind == "lines" else _field(json.loads(text), text_field)
     except UnicodeDecodeError as error:
         return BadLine("", f"byte {error.start} is not UTF-8")
     except RecursionError:

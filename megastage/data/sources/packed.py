@@ -83,7 +83,7 @@ def _open_triple(prefix: Path) -> Part:
 def _load(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, TypeError, KeyError) as error:
+    except Exception as error:  # numpy parses the header as a Python literal: damage raises almost anything
         raise SourceError(f"{file}: not readable as a plain numpy array ({error}); write it again") from None
     if array.dtype.kind not in "iub":
         raise SourceError(f"{file}: holds {array.dtype}, expected integers")
