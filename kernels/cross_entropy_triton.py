@@ -47,17 +47,17 @@ def cross_entropy_statistics_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits_ptr, labels_ptr, lse_ptr, slope_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, labels_ptr, peak_ptr, factor_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < W
-    lse = tl.load(lse_ptr + row)
-    slope = tl.load(slope_ptr + row)
+    peak = tl.load(peak_ptr + row)
+    factor = tl.load(factor_ptr + row)
     label = tl.load(labels_ptr + row)
     target = tl.where(label == IGNORE, -1, label - first)
     x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(tl.float32)
-    grad = slope * tl.exp(x - lse) - tl.where(cols == target, 1.0, 0.0)
+    grad = factor * tl.exp(x - peak) - tl.where(cols == target, 1.0, 0.0)
     tl.store(grad_ptr + row * W + cols, grad.to(grad_ptr.dtype.element_ty), inside)
 
 
@@ -78,7 +78,7 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
 
 
 def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, lse_C: Tensor, slope_C: Tensor, dtype: torch.dtype
+    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """As the reference of the same name in linear_cross_entropy."""
     from megastage.kernels.linear_cross_entropy import IGNORE
@@ -89,7 +89,7 @@ def tile_gradient(
     block = _block(config, W)
     with torch.cuda.device_of(logits_CW):
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
-            logits_CW, labels_C.contiguous(), lse_C.contiguous(), slope_C.contiguous(), grad_CW, W, first,
+            logits_CW, labels_C.contiguous(), peak_C.contiguous(), factor_C.contiguous(), grad_CW, W, first,
             IGNORE=IGNORE, BLOCK=block, num_warps=config["num_warps"],
         )  # fmt: skip
     return grad_CW

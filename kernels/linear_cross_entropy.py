@@ -101,10 +101,10 @@ def linear_cross_entropy_op(
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
     for tokens in _slices(N, together):
         h_ND, labels = hidden_ND[tokens], labels_N[tokens]
-        part, lse_N, slope_N, logits_CW = tiles.statistics(h_ND, labels)
+        part, peak_N, factor_N, logits_CW = tiles.statistics(h_ND, labels)
         loss += part
         if with_grad:
-            tiles.gradients(h_ND, labels, lse_N, slope_N, logits_CW, grad_hidden[tokens], grad_weight)
+            tiles.gradients(h_ND, labels, peak_N, factor_N, logits_CW, grad_hidden[tokens], grad_weight)
     return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype)
 
 
@@ -178,7 +178,7 @@ class _Tiles:
             self.tile_statistics, self.tile_gradient = tile_statistics, tile_gradient
 
     def statistics(self, h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(summed loss, log-sum-exp [N], d loss / d log-sum-exp [N], the logits if they are one tile)."""
+        """(summed loss, row maxima [N], d loss / d lse over the sum of exponentials [N], the logits if one tile)."""
         N, wide = h_ND.shape[0], _wide(h_ND.dtype)
         peak_N = h_ND.new_full((N,), float("-inf"), dtype=wide)
         sums_N3 = h_ND.new_zeros((N, 3), dtype=wide)
@@ -194,28 +194,30 @@ class _Tiles:
             sums_N3[:, 0] *= (peak_N - peak_all_N).exp()
             dist.all_reduce(sums_N3, dist.ReduceOp.SUM, group=self.group)
             peak_N = peak_all_N
-        lse_N = sums_N3[:, 0].log() + peak_N
-        valid_N = labels_N != IGNORE
-        loss_N = lse_N - sums_N3[:, 1] + self.z_loss * lse_N.square()
-        loss_N = torch.where(sums_N3[:, 2] > 0, loss_N, float("nan"))
-        slope_N = valid_N * (1 + 2 * self.z_loss * lse_N)
+        sum_N, target_N, found_N = sums_N3.unbind(1)
+        log_sum_N, valid_N = sum_N.log(), labels_N != IGNORE
+        lse_N = log_sum_N + peak_N
+        # the maximum and the sum stay apart: x - maximum is exact where x - lse would lose the last digits
+        loss_N = log_sum_N + (peak_N - target_N) + self.z_loss * lse_N.square()
+        loss_N = torch.where(found_N > 0, loss_N, float("nan"))
+        factor_N = valid_N * (1 + 2 * self.z_loss * lse_N) / sum_N
         one_tile = self.chunk_tokens >= N and self.chunk_vocab >= self.weight_VD.shape[0]
-        return torch.where(valid_N, loss_N, 0).sum(), lse_N, slope_N, logits_CW if one_tile else None
+        return torch.where(valid_N, loss_N, 0).sum(), peak_N, factor_N, logits_CW if one_tile else None
 
     def gradients(
-        self, h_ND: Tensor, labels_N: Tensor, lse_N: Tensor, slope_N: Tensor, logits_CW: Tensor | None,
+        self, h_ND: Tensor, labels_N: Tensor, peak_N: Tensor, factor_N: Tensor, logits_CW: Tensor | None,
         grad_hidden_ND: Tensor, grad_weight_VD: Tensor,
     ) -> None:  # fmt: skip
         """Add to both gradients (of the summed loss) what these tokens give; `logits_CW` is overwritten."""
-        exact = grad_weight_VD.dtype == lse_N.dtype or self.chunk_tokens >= h_ND.shape[0]
+        exact = grad_weight_VD.dtype == peak_N.dtype or self.chunk_tokens >= h_ND.shape[0]
         for vocab in _slices(self.weight_VD.shape[0], self.chunk_vocab):
             weight_WD, sum_WD = self.weight_VD[vocab], grad_weight_VD[vocab]
             if not exact:
-                sum_WD = torch.zeros_like(sum_WD, dtype=lse_N.dtype)
+                sum_WD = torch.zeros_like(sum_WD, dtype=peak_N.dtype)
             for tokens in _slices(h_ND.shape[0], self.chunk_tokens):
                 if logits_CW is None:
                     logits_CW = matmul_wide(h_ND[tokens], weight_WD.mT)
-                tile = (labels_N[tokens], self.vocab_start + vocab.start, lse_N[tokens], slope_N[tokens])
+                tile = (labels_N[tokens], self.vocab_start + vocab.start, peak_N[tokens], factor_N[tokens])
                 grad_CW = self.tile_gradient(logits_CW, *tile, h_ND.dtype)
                 logits_CW = None
                 _add_product(grad_hidden_ND[tokens], grad_CW, weight_WD)
@@ -264,15 +266,15 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
 
 
 def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, lse_C: Tensor, slope_C: Tensor, dtype: torch.dtype
+    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """slope * softmax - onehot for a tile, in `dtype`; overwrites the logits where it can."""
+    """factor * exp(logits - peak) - onehot for a tile, in `dtype`; overwrites the logits where it can."""
     C, W = logits_CW.shape
     column_C, here_C = _columns(labels_C, first, W)
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
     for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
-        x = (logits_CW[rows].to(lse_C.dtype) - lse_C[rows, None]).exp_()
-        x *= slope_C[rows, None]
+        x = (logits_CW[rows].to(peak_C.dtype) - peak_C[rows, None]).exp_()
+        x *= factor_C[rows, None]
         x.scatter_add_(1, column_C[rows], -here_C[rows, None].to(x.dtype))
         grad_CW[rows] = x
     return grad_CW

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
@@ -16,3 +17,12 @@ if not torch.cuda.is_available():
         "triton was imported before its interpreter was switched on: run tests/kernels first or set TRITON_INTERPRET=1"
     )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def guard():
+    """Kernels of this test may touch only the tensors they are given."""
+    from memory_guard import memory_guard
+
+    with memory_guard() as active:
+        yield active
