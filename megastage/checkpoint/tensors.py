@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch.compile, recomputation, FSDP
 
@@ -70,7 +71,8 @@ def restore_optimizer_step(optimizers: Sequence[Optimizer], step: int) -> None:
     """Set the update count that bias correction divides by; to be called after the moments were loaded."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if "step" in group:  # Apex counts per group
+            if not isinstance(optimizer, TORCH_ADAM):  # Apex counts per group, from its first step on
+                group.setdefault("step", 0)
                 group["step"] = torch.full_like(group["step"], step) if isinstance(group["step"], Tensor) else step
         for parameter in _trained(optimizer):
             state = _materialised(optimizer, parameter, "")
@@ -108,7 +110,7 @@ def _materialised(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[st
     state = optimizer.state[parameter]
     if not state:
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        from_torch = type(optimizer).__module__.startswith("torch.")
+        from_torch = isinstance(optimizer, TORCH_ADAM)
         if from_torch:
             on_device = group.get("capturable") or group.get("fused")
             device = parameter.device if on_device else torch.device("cpu")
