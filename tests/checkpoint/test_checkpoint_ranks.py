@@ -19,7 +19,7 @@ from megastage.checkpoint import storage
 from megastage.checkpoint.errors import BadCheckpoint, CheckpointFailed, CheckpointMismatch
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.manifest import read_manifest
-from megastage.checkpoint.tensors import collect
+from megastage.checkpoint.tensors import collect, optimizer_settings, restore_optimizer_step
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -311,6 +311,46 @@ def test_background_saves_beside_training_collectives(tmp_path: Path) -> None:
         value = sum(3 * s + 3 for s in range(1, step + 1))
         assert all((out[f"model.{r}"] == value * r).all() for r in range(3))
         assert (out["model.w"] == value).all()
+
+
+def _fsdp_run(root: str, seed: int, steps: range, resume: bool) -> list[float]:
+    """A small FSDP2 run that validates (forward only) right before it saves, as a trainer does."""
+    manager = CheckpointManager(root, group=start(), async_mode="async")
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
+    fully_shard(model[0])
+    fully_shard(model, reshard_after_forward=False)
+    for module in (model[0], model):
+        module.set_force_sum_reduction_for_comms(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    if resume:
+        found = manager.load_newest(collect([model], [optimizer]))
+        assert found is not None
+        assert found[0] == steps.start
+        restore_optimizer_step([optimizer], found[1]["optimizer"]["step"])
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        loss = (model(torch.randn(4, 7, generator=generator)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.no_grad():
+            model(torch.ones(1, 7))
+        if step == 3:
+            settings = {"optimizer": optimizer_settings([optimizer])}
+            manager.save(step + 1, collect([model], [optimizer]), settings)
+    manager.close()
+    finish()
+    return losses
+
+
+def test_an_fsdp_run_goes_on_bit_for_bit_from_a_background_save(tmp_path: Path) -> None:
+    straight = run_ranks(2, _fsdp_run, str(tmp_path), 1, range(8), False)
+    resumed = run_ranks(2, _fsdp_run, str(tmp_path), 2, range(4, 8), True)
+    assert resumed == [losses[4:] for losses in straight]
+    assert straight[0] != straight[1]
 
 
 def _not_shared(root: str) -> str:
