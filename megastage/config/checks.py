@@ -36,27 +36,11 @@ def _problems(cfg: Config, layout: Layout | None) -> list[str]:
     problems += rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling")
     stages, found = stage_problems(cfg, layout)
     problems += found
-    problems += context_parallel_problems(cfg)
     problems += _schedule_problems(cfg)
     problems += _choice_problems(cfg)
     if model is not None:
         problems += _split_problems(cfg, model, stages)
     return list(dict.fromkeys(problems))
-
-
-def context_parallel_problems(cfg: Config) -> list[str]:
-    """Context parallelism is read and laid out, but not carried out: the one place that says so."""
-    found = [("parallelism.context_parallel_degree", cfg.parallelism.context_parallel_degree)]
-    found += [
-        (f"training.data_stages[{index}].context_parallel_degree", table.context_parallel_degree or 1)
-        for index, table in enumerate(cfg.training.data_stages)
-    ]
-    return [
-        f"{path} = {degree}: context parallelism is not built; leave it at 1 "
-        "(tensor parallelism and recomputation also lower the memory of long sequences)"
-        for path, degree in found
-        if degree > 1
-    ]
 
 
 def _schedule_problems(cfg: Config) -> list[str]:
@@ -124,10 +108,18 @@ def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) 
                 f"use one of {[d for d in range(1, count + 1) if count % d == 0]}"
             )
     for stage in stages:
+        cp = stage.context_parallel_degree
         if stage.seq_len % tp:
             problems.append(
                 f"{path}: does not divide seq_len = {stage.seq_len} of stage {stage.name!r} (sequence parallelism "
                 f"cuts rows); use a multiple, such as {-(-stage.seq_len // tp) * tp}"
+            )
+        elif cp > 1 and stage.seq_len % (2 * cp * tp):
+            unit = 2 * cp * tp
+            problems.append(
+                f"context_parallel_degree = {cp}: seq_len = {stage.seq_len} of stage {stage.name!r} can't be cut into "
+                f"2 x {cp} chunks of a multiple of tensor_parallel_degree = {tp}; use a multiple of {unit}, such as "
+                f"{-(-stage.seq_len // unit) * unit}"
             )
     try:
         pipeline_layers(cfg, model.n_layers)

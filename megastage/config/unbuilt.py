@@ -55,6 +55,7 @@ UNBUILT_CHOICES: dict[str, dict[str, str]] = {
     "activation_checkpoint.mode": {"memory_budget": _MEMORY_BUDGET},
     "comm.mode": dict.fromkeys(("fake_backend", "local_tensor"), "stand-ins for communication are not built"),
     "parallelism.context_parallel_load_balancer": {"ptrr": "only headtail is built"},
+    "parallelism.context_parallel_rotate_method": {"alltoall": "only allgather is built"},
 }
 
 

@@ -136,6 +136,17 @@ class DataEngine:
         """Samples of the entered stage that were handed out."""
         return self._records[-1].samples if self._records else 0
 
+    def consumed_rows(self) -> dict[str, dict[str, int]]:
+        """Rows handed out so far: stage name -> source path -> count."""
+        return {
+            record.name: {
+                source.path: rows
+                for source, rows in zip(mine.sources, mine.table.counts_at(record.samples).tolist(), strict=True)
+            }
+            for record in self._records
+            for mine in (self.index.stages[record.index],)
+        }
+
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
         self._mark()

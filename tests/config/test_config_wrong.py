@@ -83,9 +83,9 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ('[parallelism]\npipeline_parallel_schedule = "ZBVZeroBubble"', 1, ["is not built; use 1F1B or GPipe"]),
     ('[parallelism]\npipeline_parallel_schedule = "1f1b"', 1, ['"1f1b": is not known', "did you mean 1F1B?"]),
     (
-        "[parallelism]\ncontext_parallel_degree = 2",
+        "[parallelism]\ncontext_parallel_degree = 2\n[training]\nseq_len = 510",
         2,
-        ["parallelism.context_parallel_degree = 2: context parallelism is"],
+        ["context_parallel_degree = 2: seq_len = 510 of stage 'default' can't be cut", "such as 512"],
     ),
     ('[experimental]\ncustom_import = "my.module"', 1, ['experimental.custom_import = "my.module"', "not supported"]),
     (
@@ -308,9 +308,9 @@ WRONG: list[tuple[str, int, list[str]]] = [
         ['training.data_stages[0].recompute_option = "0": must be "op", or n'],
     ),
     (
-        stages(stage("a", 0, "context_parallel_degree = 2")),
+        stages(stage("a", 0, "context_parallel_degree = 4")),
         2,
-        ["training.data_stages[0].context_parallel_degree = 2: context parallelism is not built"],
+        ["training.data_stages[0].context_parallel_degree = 4: does not divide the 2 ranks"],
     ),
     (
         stages(stage("a", 0, "[training.data_stages.rope_scaling]", 'kind = "none"', "factor = 2")),
