@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megastage import recompute
+from megastage import compiling, recompute
 from megastage.config.layout import pipeline_layers
 from megastage.config.schema import Config
 from megastage.kernels import dispatch
@@ -104,5 +104,12 @@ def fit_to_stage(cfg: Config, model: Model, stage: Stage, context: ContextGroup)
     mode, option = stage.recompute
     table = cfg.activation_checkpoint
     recompute.apply(
-        model.decoder, mode, option, preserve_rng_state=table.preserve_rng_state, early_stop=table.early_stop
+        model.decoder,
+        mode,
+        option,
+        preserve_rng_state=table.preserve_rng_state,
+        early_stop=table.early_stop,
+        determinism_check=table.determinism_check,
+        debug=table.debug,
     )
+    compiling.apply(cfg, model.part, stage)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megastage import build, initial, runtime
+from megastage import build, compiling, initial, runtime
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.train_state import TrainState, differences
 from megastage.config.layout import Layout, resolve_layout
@@ -72,6 +72,8 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     if saved is not None:
         compare_past(saved, stages)
     data = open_data(cfg, rt, model_cfg, stages, tokenizer, saved)
+    if cfg.compile.enable:
+        compiling.allow_for(stages, model_cfg.n_layers)
     contexts = make_groups(mesh, (stage.context_parallel_degree for stage in stages))
     step = 0 if saved is None else saved.step
     return Parts(mesh, model, optimizer, stages, data, contexts, checkpoints, seed, base_batch, step)
