@@ -46,12 +46,15 @@ class Runtime:
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             self._old_handlers[signum] = signal.signal(signum, request)
 
-    def close(self) -> None:
-        """Leave together: a rank that tears its groups down early can fail its peers' last collective."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave together: a rank that tears its groups down early can fail its peers' last collective.
+
+        A rank that failed doesn't wait for the others, which may never come.
+        """
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
         self._old_handlers.clear()
-        if dist.is_initialized():
+        if dist.is_initialized() and not failed:
             dist.barrier(group=self.control)
             dist.destroy_process_group()
 

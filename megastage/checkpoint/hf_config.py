@@ -73,6 +73,11 @@ def parse_hf_config(raw: dict[str, Any], where: str) -> ModelConfig:
     for key, allowed in _FIXED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{where}: {key} = {raw[key]!r} is not supported (only {allowed[0]!r})")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{where}: quantized weights (quantization_config) are not read: use the bf16 release")
+    other = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        raise ValueError(f"{where}: layer_types has {sorted(other)}, but only full_attention is supported")
     defaults = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, "initializer_range": 0.02}
     raw = {**raw, **{key: value for key, value in defaults.items() if raw.get(key) is None}}
     n_heads = _count(raw, "num_attention_heads", where)

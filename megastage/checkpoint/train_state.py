@@ -22,9 +22,10 @@ class TrainState:
     stage_idx, stage_name: the stage of the next update (0-based; the last stage at the end of the run).
     dataloader_state: position in the data, opaque here; it comes from the data engine.
     consumed_samples, consumed_tokens: {stage name: {source name: count}}; rows, and input tokens in them.
-    seed: the run's resolved seed. global_batch_size: rows per update of this stage, resolved.
-    optimizer: from `tensors.optimizer_settings`. rng: extra generator state, if the run needs any.
-    config: the resolved configuration. stage_fingerprints: one per stage, to prove on resume that the past is the same.
+    seed: the run's resolved seed. global_batch_size: what training.global_batch_size = -1 was resolved to.
+    optimizer: {"step": updates done}, for bias correction. rng: extra generator state, if the run needs any.
+    config: the configuration. stages: a `megastage.stages.record` each, to prove on resume that the past is the same.
+    pinned: from `megastage.config.frozen`: what a run that goes on from here must not change.
     layout: world size and parallel degrees at the save; for information, another layout may resume.
     """
 
@@ -39,7 +40,8 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    stage_fingerprints: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    pinned: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
     wall_time_s: float = 0.0
     torch_version: str = str(torch.__version__)
@@ -68,29 +70,6 @@ class TrainState:
         if problems:
             raise ValueError(f"train state: {'; '.join(problems)}")
         return cls(**data)
-
-
-def differences(saved: Any, current: Any, where: str = "") -> list[str]:
-    """Every place where two JSON values differ, as `path: saved X, now Y`; a resume shows them or refuses."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        return [
-            line
-            for key in sorted({*saved, *current})
-            for line in differences(saved.get(key, _ABSENT), current.get(key, _ABSENT), f"{where}.{key}".lstrip("."))
-        ]
-    if isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
-        return [line for i, pair in enumerate(zip(saved, current)) for line in differences(*pair, f"{where}[{i}]")]
-    if type(saved) is type(current) and saved == current:
-        return []
-    return [f"{where}: saved {saved!r}, now {current!r}"]
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_ABSENT = _Absent()
 
 
 def _misfit(value: Any, expected: Any) -> str:

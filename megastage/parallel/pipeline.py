@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which layers a rank holds, and the schedule that runs one optimizer step's micro-batches.
+"""Pipeline parallelism: the schedule that runs the micro-batches of one optimizer step over the parts of the model.
 
 Shapes are fixed when a schedule is made, so every stage gets its own schedule over the same module. A pipeline of one
 part runs its micro-batches in a plain loop behind the same interface.
@@ -6,7 +6,6 @@ part runs its micro-batches in a plain loop behind the same interface.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,26 +17,6 @@ from megastage.data.batch import Batch
 from megastage.loss import ModelPart
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-
-
-def split_layers(n_layers: int, parts: int, first_less: int = 1, last_less: int = 1) -> list[range]:
-    """Contiguous layer ranges, as even as they can be when the embedding counts as `first_less` layers and the head as
-    `last_less` (Llama 3, section 3.3.2). One part takes all.
-
-    Raises ValueError when a part would be empty.
-    """
-    if parts == 1:
-        return [range(n_layers)]
-    effective = n_layers + first_less + last_less
-    if n_layers < parts or effective < parts:
-        raise ValueError(
-            f"parallelism.pipeline_parallel_degree = {parts}: the model has only {n_layers} layers; "
-            "use a smaller degree"
-        )
-    bounds = [round(effective * i / parts) - first_less for i in range(parts + 1)]
-    bounds = [min(max(bound, i), n_layers - (parts - i)) for i, bound in enumerate(bounds)]
-    bounds[0], bounds[-1] = 0, n_layers
-    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 class Runner(Protocol):

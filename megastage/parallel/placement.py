@@ -30,4 +30,5 @@ def initialise(module: nn.Module, cfg: ModelConfig, seed: int) -> None:
         if local.numel() == 0:
             continue
         rows = init_rows(name, tuple(parameter.shape), (kind, std), seed, window[0].start or 0, window[0].stop)
-        local.copy_(rows[(slice(None), *window[1:])])
+        mine = (slice(None), *window[1:])
+        local.copy_(rows[mine])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megastage.checkpoint.hf import export_hf, hf_name, open_hf
 from megastage.model.config import ModelConfig, RopeScaling, RopeSpec
@@ -222,6 +222,8 @@ def _truncate(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), "a JSON object is expected"),
         (_edit_config(model_type="mixtral"), "model_type = 'mixtral' is not supported"),
         (_edit_config(attention_bias=True), "attention_bias = True is not supported"),
+        (_edit_config(quantization_config={"quant_method": "fp8"}), "quantized weights"),
+        (_edit_config(layer_types=["full_attention", "sliding_attention"]), r"layer_types has \['sliding_attention'\]"),
         (_edit_config(hidden_size="16"), "hidden_size = '16', but a number is needed"),
         (_edit_config(num_attention_heads=0), "num_attention_heads = 0, but a positive integer"),
         (_edit_config(rope_scaling={"rope_type": "longrope"}), "rope_type = 'longrope' is not supported"),
@@ -251,7 +253,10 @@ def test_reads_rows_only(exported: Path) -> None:
     folder = open_hf(exported)
     whole = folder.read("layers.1.feed_forward.w1.weight")
     assert torch.equal(folder.read("layers.1.feed_forward.w1.weight", 5, 9), whole[5:9])
+    assert folder.read("layers.1.feed_forward.w1.weight", 5, 5).shape == (0, 16)
+    assert folder.read("norm.weight", 3, 16).shape == (13,)
     assert whole.dtype == torch.bfloat16
+    assert AutoConfig.from_pretrained(exported).dtype == torch.bfloat16
 
 
 def test_export_never_overwrites(exported: Path) -> None:
