@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megastage.checkpoint.train_state import TrainState, differences
+from megastage.checkpoint.train_state import TrainState
 
 
 def example() -> TrainState:
@@ -56,15 +56,3 @@ def test_all_problems_come_at_once() -> None:
     data["extra"] = 0
     with pytest.raises(ValueError, match=r"unknown field 'extra'; missing field 'seed'"):
         TrainState.from_json(data)
-
-
-def test_differences_name_path_and_both_values() -> None:
-    saved = {"a": {"b": [1, 2], "c": 1}, "same": 0, "gone": None}
-    now = {"a": {"b": [1, 3], "c": 1.0}, "same": 0, "new": [1]}
-    assert differences(saved, now) == [
-        "a.b[1]: saved 2, now 3",
-        "a.c: saved 1, now 1.0",
-        "gone: saved None, now nothing",
-        "new: saved nothing, now [1]",
-    ]
-    assert differences(saved, saved) == []
