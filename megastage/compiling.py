@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer: equal layers share one compilation, and a change of stage compiles again for its shapes.
+"""torch.compile, layer by layer: equal layers share a compilation; a stage with other shapes compiles its own.
 
 What is compiled lies inside the modules that FSDP hooks, so that gathering and freeing stay outside of the graphs.
 """

@@ -53,8 +53,7 @@ class Attention(_Projecting):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor | None) -> Tensor:
         q_BTHE, k_BTKE, v_BTKE = (
-            projected.unflatten(-1, (-1, self.head_dim))
-            for projected in self.project(x_BTD, self.wq, self.wk, self.wv)
+            projected.unflatten(-1, (-1, self.head_dim)) for projected in self.project(x_BTD, self.wq, self.wk, self.wv)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)

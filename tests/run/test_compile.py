@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch._dynamo.utils
-from ranks import run_ranks
 from training import TINY, layout_flags, records, train, write_nanoset
+
+from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -72,7 +73,12 @@ ON = ["--compile.enable", "true", "--compile.backend", "aot_eager"]
 
 @pytest.mark.parametrize(
     ("layout", "mode"),
-    [({}, ("none", "2")), ({"tp": 2}, ("full", "2")), ({"tp": 2}, ("selective", "op")), ({"pp": 2}, ("selective", "2"))],
+    [
+        ({}, ("none", "2")),
+        ({"tp": 2}, ("full", "2")),
+        ({"tp": 2}, ("selective", "op")),
+        ({"pp": 2}, ("selective", "2")),
+    ],
     ids=["one-none", "tp2-full", "tp2-op", "pp2-every2"],
 )
 def test_same_losses_as_eager(layout, mode, config, eager, tmp_path):
