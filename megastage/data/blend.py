@@ -178,8 +178,10 @@ class BlendTable:
 
     @cached_property
     def _block(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whole periods of at least BLOCK draws: source int16[B], counter and its growth per block, int64[B] each."""
+        """Whole periods of BLOCK or more draws: source int16[B], counter int32 or int64[B], its growth a block int64[B]."""
         repeats = -(-BLOCK // self.period)
+        if repeats == 1:
+            return self.source, self.rank, self.weights[self.source]
         source = np.tile(self.source, repeats)
         growth = self.weights[source]
         counter = np.tile(self.rank, repeats) + growth * np.repeat(np.arange(repeats), self.period)

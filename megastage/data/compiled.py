@@ -76,12 +76,12 @@ def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndar
             deadlines[job] = deadline + 1
             by_release[release + 1] += 1
             by_deadline[deadline + 2] += 1
-            release, release_rest = release + step, release_rest + step_rest
-            if release_rest >= den:
-                release, release_rest = release + 1, release_rest - den
-            deadline, deadline_rest = deadline + step, deadline_rest + step_rest
-            if deadline_rest >= den:
-                deadline, deadline_rest = deadline + 1, deadline_rest - den
+            release_rest += step_rest
+            carry = np.int64(release_rest >= den)  # without a branch, which would be taken at random
+            release, release_rest = release + step + carry, release_rest - carry * den
+            deadline_rest += step_rest
+            carry = np.int64(deadline_rest >= den)
+            deadline, deadline_rest = deadline + step + carry, deadline_rest - carry * den
             job += 1
     for slot in range(W + 1):
         by_release[slot + 1] += by_release[slot]
@@ -105,28 +105,32 @@ def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndar
     source = np.empty(W, np.int16)
     rank = np.empty(W, np.int32)
     drawn = np.zeros(k, np.int32)
-    at = 0
+    at = low = 0  # low: no bit is set in a lower word
     for slot in range(1, W + 1):
         while at < by_release[slot]:
             number = released[at]
+            low = min(low, number >> 6)
             words[number >> 6] |= one << np.uint64(number & 63)
             summary[number >> 12] |= one << np.uint64((number >> 6) & 63)
             top[number >> 18] |= one << np.uint64((number >> 12) & 63)
             at += 1
-        high = 0
-        while top[high] == zero:
-            high += 1
-        bits = top[high]
-        mid = (high << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
-        bits = summary[mid]
-        low = (mid << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+        if words[low] == zero:  # the lowest set bit is far away: look it up
+            high = 0
+            while top[high] == zero:
+                high += 1
+            bits = top[high]
+            mid = (high << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+            bits = summary[mid]
+            low = (mid << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
         bits = words[low]
         number = (low << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
-        words[low] &= words[low] - one
-        if words[low] == zero:
-            summary[mid] &= summary[mid] - one
+        bits &= bits - one
+        words[low] = bits
+        if bits == zero:
+            mid = low >> 6
+            summary[mid] &= ~(one << np.uint64(low & 63))
             if summary[mid] == zero:
-                top[high] &= top[high] - one
+                top[mid >> 6] &= ~(one << np.uint64(mid & 63))
         i = source_of[number]
         source[slot - 1] = i
         rank[slot - 1] = drawn[i]
