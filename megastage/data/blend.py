@@ -178,7 +178,7 @@ class BlendTable:
 
     @cached_property
     def _block(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whole periods of BLOCK or more draws: source int16[B], counter int32 or int64[B], its growth a block int64[B]."""
+        """Whole periods, at least BLOCK draws: source int16[B], counter int[B], its growth from block to block int64[B]."""
         repeats = -(-BLOCK // self.period)
         if repeats == 1:
             return self.source, self.rank, self.weights[self.source]
