@@ -1,0 +1,71 @@
+"""The `convert` and `merge` commands."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from megastage.data.packed_memmap import TokenizerFacts
+from megastage.data.tokenizer import load_tokenizer
+
+from .datasets import WRITERS, DataError, TokenData, copy_documents, open_data
+from .progress import Progress
+
+
+def convert(options: Namespace) -> int:
+    """Rewrite `options.path` as `options.output` in the format `options.to`; returns the exit code."""
+    source = open_data(options.path)
+    facts = source.tokenizer
+    tokenizer_json = source.tokenizer_json.read_bytes() if source.tokenizer_json else None
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+        if facts is not None and facts.sha256 not in (None, tokenizer.sha256):
+            raise DataError(f"{options.tokenizer}: sha256 {tokenizer.sha256}, but {source.path} records {facts.sha256}")
+        facts, tokenizer_json = tokenizer.facts, tokenizer.to_json()
+    _write([source], options, facts, tokenizer_json, source.eos_id, source.dtype)
+    return 0
+
+
+def merge(options: Namespace) -> int:
+    """Join `options.paths`, in their order, into `options.output`; returns the exit code."""
+    sources = [open_data(path) for path in options.paths]
+    first = sources[0]
+    for other in sources[1:]:
+        for name in ("dtype", "eos_id", "tokenizer"):
+            mine, its = getattr(first, name), getattr(other, name)
+            if mine != its:
+                raise DataError(
+                    f"{other.path}: {name} is {its}, but {first.path} has {mine}; only data of one tokenizer can be "
+                    "merged, so give each its own folder in dataset_folders"
+                )
+    tokenizer_json = first.tokenizer_json.read_bytes() if first.tokenizer_json else None
+    _write(sources, options, first.tokenizer, tokenizer_json, first.eos_id, first.dtype)
+    return 0
+
+
+def _write(
+    sources: list[TokenData],
+    options: Namespace,
+    facts: TokenizerFacts | None,
+    tokenizer_json: bytes | None,
+    eos_id: int | None,
+    dtype: str,
+) -> None:
+    output = os.path.realpath(options.output)
+    for source in sources:
+        if output in {os.path.realpath(source.path), *(os.path.realpath(s.file) for s in source.segments)}:
+            raise DataError(f"{options.output}: is one of the inputs; choose another output")
+    writer = WRITERS[options.to](
+        options.output,
+        dtype,
+        eos_id=eos_id,
+        tokenizer=facts,
+        tokenizer_json=tokenizer_json,
+        overwrite=options.overwrite,
+    )
+    progress = Progress(sum(segment.tokens.nbytes for source in sources for segment in source.segments), "write")
+    try:
+        copy_documents(sources, writer, progress.add)
+    finally:
+        progress.close()
+    print(f"{options.output}: {writer.n_documents:,} documents, {writer.n_tokens:,} tokens, {options.to}, {dtype}")
