@@ -271,6 +271,23 @@ def test_finished_pieces_are_reused_only_for_the_same_work(
     assert source.exists()
 
 
+def test_a_worker_that_is_killed_is_a_clear_error(tmp_path: Path, bpe: Path) -> None:
+    big_input(tmp_path)
+    command = [sys.executable, "-m", "megastage.preprocess", str(tmp_path / "in"), "--tokenizer", str(bpe)]
+    command += ["--workers", "2", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / ".out.work").glob("*.tmp*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker = int(next((tmp_path / ".out.work").glob("*.tmp*")).suffix.removeprefix(".tmp"))
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("error: a worker process died")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("awaited", ["lock", "*.tmp*"], ids=["while workers start", "while they work"])
 def test_ctrl_c_is_clean_and_the_run_can_go_on(tmp_path: Path, bpe: Path, awaited: str) -> None:
     big_input(tmp_path)
