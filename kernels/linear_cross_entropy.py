@@ -1,76 +1,25 @@
-"""Output projection and cross-entropy in one, chunked over tokens so that the logits of a batch never exist at once.
+"""Output projection and cross-entropy in one, in tiles of tokens by vocabulary: the logits of a batch never exist at
+once, and their gradient is formed while a tile is at hand, so that backward only scales what forward computed.
 
 Vocabulary-parallel (Shoeybi et al. 2019, section 3): each rank of `group` holds rows [vocab_start, vocab_start + V) of
 the weight; row maxima, sums of exponentials and target logits are reduced over the group.
+
+Letters: N tokens, D model width, V vocabulary rows of this rank; C x W one tile of logits (tokens by vocabulary).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megastage.kernels.dispatch import use_triton
 
 IGNORE = -100
-
-
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(x, op, group=group)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of token losses; gradients are formed with the logits of each chunk, so backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocab_start: int, z_loss: float,
-        chunk: int, group: dist.ProcessGroup | None,
-    ) -> Tensor:  # fmt: skip
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide)
-        for start in range(0, hidden_ND.shape[0], chunk):
-            h_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
-            loss, grad_CV = _chunk(h_CD, weight_VD, labels_C, vocab_start, z_loss, group, wide)
-            total += loss
-            grad_CV = grad_CV.to(h_CD.dtype)
-            grad_hidden[start : start + chunk] = grad_CV @ weight_VD
-            grad_weight += (grad_CV.mT @ h_CD).to(wide)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), *([None] * 5)
-
-
-def _chunk(
-    h_CD: Tensor, weight_VD: Tensor, labels_C: Tensor, vocab_start: int, z_loss: float,
-    group: dist.ProcessGroup | None, wide: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summed loss of a chunk (equal on all ranks of the group) and its gradient by the local logits [C, V]."""
-    logits_CV = (h_CD @ weight_VD.mT).to(wide)
-    peak_C = logits_CV.max(-1).values
-    _all_reduce(peak_C, dist.ReduceOp.MAX, group)
-    exp_CV = (logits_CV - peak_C[:, None]).exp_()
-    sum_C = exp_CV.sum(-1)
-    valid_C = labels_C != IGNORE
-    local_C = labels_C - vocab_start
-    mine_C = valid_C & (local_C >= 0) & (local_C < weight_VD.shape[0])
-    column_C = torch.where(mine_C, local_C, 0)
-    target_C = torch.where(mine_C, logits_CV.gather(1, column_C[:, None])[:, 0], 0)
-    both = torch.stack((sum_C, target_C))
-    _all_reduce(both, dist.ReduceOp.SUM, group)
-    lse_C = both[0].log() + peak_C
-    loss = torch.where(valid_C, lse_C - both[1] + z_loss * lse_C.square(), 0).sum()
-    grad_CV = exp_CV.mul_((valid_C * (1 + 2 * z_loss * lse_C) / both[0])[:, None])
-    grad_CV.scatter_add_(1, column_C[:, None], -mine_C.to(wide)[:, None])
-    return loss, grad_CV
+CACHE_ELEMENTS = 1 << 17  # fp32 elements worked on at once on a CPU: half a MiB stays in the second-level cache
 
 
 def linear_cross_entropy(
@@ -81,12 +30,258 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
+    chunk_vocab: int = 0,
+    reduction: str = "sum",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over valid tokens of cross-entropy (+ z_loss * lse^2, Chowdhery et al. 2022), a scalar in fp32.
 
-    labels_N: int64, -100 is ignored; they are global vocabulary ids. The gradient of `hidden_ND` is this rank's part:
-    with a group of several ranks it must still be summed over the group by the caller.
+    labels_N: int64, -100 is ignored; they are global vocabulary ids, and one that no rank holds makes the loss NaN.
+    The gradient of `hidden_ND` is this rank's part: with a group of several ranks it must still be summed over the
+    group by the caller.
+
+    chunk_vocab: 0 keeps the logits of a token chunk whole, [chunk_tokens, V], and accumulates the weight's gradient in
+    fp32 [V, D]. A positive number works in tiles [chunk_tokens, chunk_vocab]: logits are computed twice, but neither
+    the whole rows nor that buffer exist, and a group communicates once in all instead of once a chunk.
+    reduction: "sum", or "mean" over the valid labels given here (0 if there are none).
+    fp64 inputs are computed in fp64 by the reference.
     """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, group)
+    _check(hidden_ND, weight_VD, labels_N, chunk_tokens, chunk_vocab, reduction)
+    triton = use_triton(backend, hidden_ND.device, "linear_cross_entropy", hidden_ND.dtype)
+    with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    group_name = "" if group is None or group.size() == 1 else group.group_name
+    loss = linear_cross_entropy_op(
+        hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, with_grad, triton
+    )[0]
+    if reduction == "mean":
+        loss = loss / (labels_N != IGNORE).sum().clamp(min=1)
+    return loss
+
+
+def _check(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk_tokens: int, chunk_vocab: int, reduction: str) -> None:
+    if h_ND.ndim != 2 or w_VD.ndim != 2 or h_ND.shape[1] != w_VD.shape[1] or labels_N.shape != h_ND.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy takes hidden [N, D], weight [V, D] and labels [N], not {tuple(h_ND.shape)}, "
+            f"{tuple(w_VD.shape)} and {tuple(labels_N.shape)}"
+        )
+    if h_ND.dtype != w_VD.dtype:
+        raise ValueError(f"hidden is {h_ND.dtype} but weight is {w_VD.dtype}: cast one of them")
+    if chunk_tokens < 1 or chunk_vocab < 0:
+        raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1 and chunk_vocab = {chunk_vocab} at least 0")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction = {reduction!r}: choose "sum" or "mean"')
+
+
+@torch.library.custom_op("megastage::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    vocab_start: int,
+    z_loss: float,
+    chunk_tokens: int,
+    chunk_vocab: int,
+    group_name: str,
+    with_grad: bool,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, its gradient by hidden, its gradient by weight); gradients are empty without `with_grad`."""
+    N, V = hidden_ND.shape[0], weight_VD.shape[0]
+    wide = _wide(hidden_ND.dtype)
+    chunk_vocab = chunk_vocab or max(V, 1)
+    tiles = _Tiles(weight_VD, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, triton)
+    # with whole rows a token chunk is finished before the next one; with tiles all tokens are finished together
+    together = chunk_tokens if chunk_vocab >= V else max(N, 1)
+    loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+    if with_grad:
+        grad_hidden = torch.zeros_like(hidden_ND, dtype=None if chunk_vocab >= V else wide)
+        grad_weight = torch.zeros_like(weight_VD, dtype=None if together >= N else wide)
+    else:
+        grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
+    for tokens in _slices(N, together):
+        h_ND, labels = hidden_ND[tokens], labels_N[tokens]
+        part, peak_N, factor_N, logits_CW = tiles.statistics(h_ND, labels)
+        loss += part
+        if with_grad:
+            tiles.gradients(h_ND, labels, peak_N, factor_N, logits_CW, grad_hidden[tokens], grad_weight)
+    return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype)
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, with_grad, triton):
+    loss = hidden_ND.new_empty((), dtype=_wide(hidden_ND.dtype))
+    if not with_grad:
+        return loss, hidden_ND.new_empty(0), weight_VD.new_empty(0)
+    return loss, torch.empty_like(hidden_ND), torch.empty_like(weight_VD)
+
+
+@torch.library.custom_op("megastage::linear_cross_entropy_backward", mutates_args=())
+def linear_cross_entropy_backward_op(
+    grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of forward times the gradient of the loss, a scalar."""
+    return grad_hidden * grad_loss, grad_weight * grad_loss
+
+
+@linear_cross_entropy_backward_op.register_fake
+def _(grad_loss, grad_hidden, grad_weight):
+    return torch.empty_like(grad_hidden), torch.empty_like(grad_weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
+    return *linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors), *(None,) * 8
+
+
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.megastage.linear_cross_entropy)
+def linear_cross_entropy_flop(hidden_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """2NDV for the logits, again if they are computed twice, and 4NDV for both gradients."""
+    (N, D), V = hidden_shape, weight_shape[0]
+    chunk_vocab, with_grad = args[4], args[6]
+    passes = 1 + with_grad * (2 + (0 < chunk_vocab < V))
+    return 2 * N * D * V * passes
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+class _Tiles:
+    """The two passes over the tiles of a set of tokens: statistics of the rows, then gradients."""
+
+    def __init__(
+        self, weight_VD: Tensor, vocab_start: int, z_loss: float, chunk_tokens: int, chunk_vocab: int,
+        group_name: str, triton: bool,
+    ):  # fmt: skip
+        self.weight_VD, self.vocab_start, self.z_loss = weight_VD, vocab_start, z_loss
+        self.chunk_tokens, self.chunk_vocab = chunk_tokens, chunk_vocab
+        self.group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+        if triton:
+            from megastage.kernels import cross_entropy_triton as back_end
+
+            self.tile_statistics, self.tile_gradient = back_end.tile_statistics, back_end.tile_gradient
+        else:
+            self.tile_statistics, self.tile_gradient = tile_statistics, tile_gradient
+
+    def statistics(self, h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(summed loss, row maxima [N], d loss / d lse over the sum of exponentials [N], the logits if one tile)."""
+        N, wide = h_ND.shape[0], _wide(h_ND.dtype)
+        peak_N = h_ND.new_full((N,), float("-inf"), dtype=wide)
+        sums_N3 = h_ND.new_zeros((N, 3), dtype=wide)
+        logits_CW = None
+        for tokens in _slices(N, self.chunk_tokens):
+            for vocab in _slices(self.weight_VD.shape[0], self.chunk_vocab):
+                logits_CW = matmul_wide(h_ND[tokens], self.weight_VD[vocab].mT)
+                tile = self.tile_statistics(logits_CW, labels_N[tokens], self.vocab_start + vocab.start)
+                _merge(peak_N[tokens], sums_N3[tokens], *tile)
+        if self.group is not None:
+            peak_all_N = peak_N.clone()
+            dist.all_reduce(peak_all_N, dist.ReduceOp.MAX, group=self.group)
+            sums_N3[:, 0] *= (peak_N - peak_all_N).exp()
+            dist.all_reduce(sums_N3, dist.ReduceOp.SUM, group=self.group)
+            peak_N = peak_all_N
+        sum_N, target_N, found_N = sums_N3.unbind(1)
+        log_sum_N, valid_N = sum_N.log(), labels_N != IGNORE
+        lse_N = log_sum_N + peak_N
+        # the maximum and the sum stay apart: x - maximum is exact where x - lse would lose the last digits
+        loss_N = log_sum_N + (peak_N - target_N) + self.z_loss * lse_N.square()
+        loss_N = torch.where(found_N > 0, loss_N, float("nan"))
+        factor_N = valid_N * (1 + 2 * self.z_loss * lse_N) / sum_N
+        one_tile = self.chunk_tokens >= N and self.chunk_vocab >= self.weight_VD.shape[0]
+        return torch.where(valid_N, loss_N, 0).sum(), peak_N, factor_N, logits_CW if one_tile else None
+
+    def gradients(
+        self, h_ND: Tensor, labels_N: Tensor, peak_N: Tensor, factor_N: Tensor, logits_CW: Tensor | None,
+        grad_hidden_ND: Tensor, grad_weight_VD: Tensor,
+    ) -> None:  # fmt: skip
+        """Add to both gradients (of the summed loss) what these tokens give; `logits_CW` is overwritten."""
+        exact = grad_weight_VD.dtype == peak_N.dtype or self.chunk_tokens >= h_ND.shape[0]
+        for vocab in _slices(self.weight_VD.shape[0], self.chunk_vocab):
+            weight_WD, sum_WD = self.weight_VD[vocab], grad_weight_VD[vocab]
+            if not exact:
+                sum_WD = torch.zeros_like(sum_WD, dtype=peak_N.dtype)
+            for tokens in _slices(h_ND.shape[0], self.chunk_tokens):
+                if logits_CW is None:
+                    logits_CW = matmul_wide(h_ND[tokens], weight_WD.mT)
+                tile = (labels_N[tokens], self.vocab_start + vocab.start, peak_N[tokens], factor_N[tokens])
+                grad_CW = self.tile_gradient(logits_CW, *tile, h_ND.dtype)
+                logits_CW = None
+                _add_product(grad_hidden_ND[tokens], grad_CW, weight_WD)
+                _add_product(sum_WD, grad_CW.mT, h_ND[tokens])
+            if not exact:
+                grad_weight_VD[vocab] = sum_WD
+
+
+def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation; for 16-bit inputs the result is fp32 on a GPU and rounded to them on a CPU."""
+    if a_MK.is_cuda and a_MK.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return torch.mm(a_MK, b_KN)
+
+
+def _add_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    if out_MN.dtype == a_MK.dtype:
+        out_MN.addmm_(a_MK, b_KN)
+    else:
+        out_MN += matmul_wide(a_MK, b_KN)
+
+
+def _merge(peak_C: Tensor, sums_C3: Tensor, tile_peak_C: Tensor, tile_sums_C3: Tensor) -> None:
+    """Fold a tile's row maxima and sums into the running ones, in place."""
+    top_C = torch.maximum(peak_C, tile_peak_C)
+    sums_C3[:, 0] *= (peak_C - top_C).exp()
+    tile_sums_C3[:, 0] *= (tile_peak_C - top_C).exp()
+    sums_C3 += tile_sums_C3
+    peak_C.copy_(top_C)
+
+
+def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Per row of a tile whose columns are vocabulary ids from `first`: the maximum [C], and [C, 3]: the sum of
+    exponentials below it, the target's logit (0 if elsewhere), and whether the target is here (1 or 0)."""
+    wide, (C, W) = _wide(logits_CW.dtype), logits_CW.shape
+    peak_C = logits_CW.new_empty(C, dtype=wide)
+    sums_C3 = logits_CW.new_empty((C, 3), dtype=wide)
+    for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
+        x = logits_CW[rows].to(wide)
+        peak = torch.amax(x, -1, keepdim=True, out=peak_C[rows, None])
+        torch.sum((x - peak).exp_(), -1, out=sums_C3[rows, 0])
+    column_C, here_C = _columns(labels_C, first, W)
+    sums_C3[:, 1] = torch.where(here_C, logits_CW.gather(1, column_C)[:, 0].to(wide), 0)
+    sums_C3[:, 2] = here_C
+    return peak_C, sums_C3
+
+
+def tile_gradient(
+    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """factor * exp(logits - peak) - onehot for a tile, in `dtype`; overwrites the logits where it can."""
+    C, W = logits_CW.shape
+    column_C, here_C = _columns(labels_C, first, W)
+    grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
+    for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
+        x = (logits_CW[rows].to(peak_C.dtype) - peak_C[rows, None]).exp_()
+        x *= factor_C[rows, None]
+        x.scatter_add_(1, column_C[rows], -here_C[rows, None].to(x.dtype))
+        grad_CW[rows] = x
+    return grad_CW
+
+
+def _columns(labels_C: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in the tile [C, 1] (0 if it is elsewhere) and whether it is there [C]."""
+    column_C = labels_C - first
+    here_C = (labels_C != IGNORE) & (column_C >= 0) & (column_C < width)
+    return torch.where(here_C, column_C, 0)[:, None], here_C

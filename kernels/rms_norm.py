@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from megastage.kernels.dispatch import use_triton
+
+MAX_TRITON_DIM = 32768  # a row is held in registers by one program
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
+    """RMSNorm over the last dimension; x [..., D] and the result share shape and dtype."""
+    _check(x, weight_D)
+    if _on_triton(backend, x):
+        return rms_norm_op(x, weight_D, eps)[0]
+    return _RMSNorm.apply(x, weight_D, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual) in one pass over memory; x and residual share shape and dtype."""
+    _check(x, weight_D)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} must be alike"
+        )
+    if _on_triton(backend, x):
+        normed, total, _ = add_rms_norm_op(x, residual, weight_D, eps)
+        return normed, total
+    total = x + residual
+    return _RMSNorm.apply(total, weight_D, eps), total
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -13,14 +43,109 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (normed * weight_D.to(acc.dtype)).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
-    """RMSNorm over the last dimension; x [..., D] and the result share shape and dtype."""
-    return rms_norm_reference(x, weight_D, eps)
+def _check(x: Tensor, weight_D: Tensor) -> None:
+    if weight_D.shape != x.shape[-1:]:
+        raise ValueError(f"the weight of a norm over {tuple(x.shape)} must be [{x.shape[-1]}], not {weight_D.shape}")
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto"
+def _on_triton(backend: str, x: Tensor) -> bool:
+    if not use_triton(backend, x.device, "rms_norm", x.dtype):
+        return False
+    if x.shape[-1] > MAX_TRITON_DIM and backend == "triton":
+        raise ValueError(f'rms_norm = "triton" takes rows to {MAX_TRITON_DIM}, not {x.shape[-1]}: use "auto"')
+    return x.shape[-1] <= MAX_TRITON_DIM
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The reference with its gradient by hand: half the passes over memory of the one that autograd derives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        acc = x if x.dtype == torch.float64 else x.float()
+        rstd = (torch.linalg.vector_norm(acc, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, rstd)
+        return (acc * rstd).mul_(weight_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, rstd = ctx.saved_tensors
+        normed = x.to(rstd.dtype) * rstd
+        grad = grads[0].to(rstd.dtype)
+        product = (grad * normed).reshape(-1, x.shape[-1])
+        grad_weight = product.sum(0).to(weight_D.dtype)
+        mean = torch.mv(product, weight_D.to(rstd.dtype)).view(rstd.shape) / x.shape[-1]
+        grad_x = (grad * weight_D).sub_(normed.mul_(mean)).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+@torch.library.custom_op("megastage::rms_norm", mutates_args=())
+def rms_norm_op(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, 1/rms of each row in fp32)."""
+    from megastage.kernels import rms_norm_triton
+
+    normed, _, rstd_N = rms_norm_triton.forward(x, None, weight_D, eps)
+    return normed, rstd_N
+
+
+@torch.library.custom_op("megastage::add_rms_norm", mutates_args=())
+def add_rms_norm_op(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, x + residual, 1/rms of each row in fp32)."""
+    from megastage.kernels import rms_norm_triton
+
+    return rms_norm_triton.forward(x, residual, weight_D, eps)
+
+
+@torch.library.custom_op("megastage::rms_norm_backward", mutates_args=())
+def rms_norm_backward_op(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight_D: Tensor, rstd_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass over memory."""
-    total = x + residual
-    return rms_norm_reference(total, weight_D, eps), total
+    """Gradients by the normed tensor (and the residual, `grad_total` added) and by the weight."""
+    from megastage.kernels import rms_norm_triton
+
+    return rms_norm_triton.backward(grad, grad_total, x, weight_D, rstd_N)
+
+
+def _empty_rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@rms_norm_op.register_fake
+def _(x, weight_D, eps):
+    return x.new_empty(x.shape), _empty_rows(x)
+
+
+@add_rms_norm_op.register_fake
+def _(x, residual, weight_D, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape), _empty_rows(x)
+
+
+@rms_norm_backward_op.register_fake
+def _(grad, grad_total, x, weight_D, rstd_N):
+    return x.new_empty(x.shape), torch.empty_like(weight_D)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None
+    return *rms_norm_backward_op(grad, None, *ctx.saved_tensors), None
+
+
+def _setup_add(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+def _backward_add(ctx, grad, grad_total, _):
+    if grad is None:
+        return grad_total, grad_total, None, None
+    grad_x, grad_weight = rms_norm_backward_op(grad, grad_total, *ctx.saved_tensors)
+    return grad_x, grad_x, grad_weight, None
+
+
+rms_norm_op.register_autograd(_backward, setup_context=_setup)
+add_rms_norm_op.register_autograd(_backward_add, setup_context=_setup_add)

@@ -1,0 +1,114 @@
+"""Triton kernels over a tile of logits: the statistics of its rows in one pass, then its gradient in one pass.
+
+The products around them stay with the vendor's matrix library: with 1024 tokens a chunk they are the whole cost, and
+no Triton matrix kernel reaches its rate on every architecture."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megastage.kernels.launch import settings, settings_for
+from megastage.kernels.registry import KernelSpec
+
+DEFAULT = {"block": 4096, "num_warps": 8}
+
+
+@triton.jit
+def cross_entropy_statistics_kernel(
+    logits_ptr, labels_ptr, peak_ptr, sums_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    # every lane keeps its own running maximum and sum, so that the loop has no reduction across the row
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, W, BLOCK):
+        inside = start + cols < W
+        x = tl.load(logits_ptr + row * W + start + cols, inside, float("-inf")).to(tl.float32)
+        top = tl.maximum(peak, x)
+        # a lane that has seen nothing but -inf stays at sum 0: -inf - -inf would be NaN
+        base = tl.where(top == float("-inf"), 0.0, top)
+        total = total * tl.exp(peak - base) + tl.exp(x - base)
+        peak = top
+    row_peak = tl.max(peak, 0)
+    row_base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
+    label = tl.load(labels_ptr + row)
+    column = label - first
+    here = (label != IGNORE) & (column >= 0) & (column < W)
+    target = tl.load(logits_ptr + row * W + column, here, 0.0).to(tl.float32)
+    tl.store(peak_ptr + row, row_peak)
+    tl.store(sums_ptr + row * 3, tl.sum(total * tl.exp(peak - row_base), 0))
+    tl.store(sums_ptr + row * 3 + 1, target)
+    tl.store(sums_ptr + row * 3 + 2, here.to(tl.float32))
+
+
+@triton.jit
+def cross_entropy_gradient_kernel(
+    logits_ptr, labels_ptr, peak_ptr, factor_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < W
+    peak = tl.load(peak_ptr + row)
+    factor = tl.load(factor_ptr + row)
+    label = tl.load(labels_ptr + row)
+    target = tl.where(label == IGNORE, -1, label - first)
+    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(tl.float32)
+    grad = factor * tl.exp(x - peak) - tl.where(cols == target, 1.0, 0.0)
+    tl.store(grad_ptr + row * W + cols, grad.to(grad_ptr.dtype.element_ty), inside)
+
+
+def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """As the reference of the same name in linear_cross_entropy."""
+    from megastage.kernels.linear_cross_entropy import IGNORE
+
+    C, W = logits_CW.shape
+    peak_C = torch.empty(C, dtype=torch.float32, device=logits_CW.device)
+    sums_C3 = torch.empty((C, 3), dtype=torch.float32, device=logits_CW.device)
+    config = settings_for("cross_entropy_statistics", logits_CW, W, DEFAULT)
+    with torch.cuda.device_of(logits_CW):
+        cross_entropy_statistics_kernel[(C,)](
+            logits_CW, labels_C.contiguous(), peak_C, sums_C3, W, first,
+            IGNORE=IGNORE, BLOCK=_block(config, W), num_warps=config["num_warps"],
+        )  # fmt: skip
+    return peak_C, sums_C3
+
+
+def tile_gradient(
+    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As the reference of the same name in linear_cross_entropy."""
+    from megastage.kernels.linear_cross_entropy import IGNORE
+
+    C, W = logits_CW.shape
+    grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
+    config = settings_for("cross_entropy_gradient", logits_CW, W, DEFAULT)
+    block = _block(config, W)
+    with torch.cuda.device_of(logits_CW):
+        cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
+            logits_CW, labels_C.contiguous(), peak_C.contiguous(), factor_C.contiguous(), grad_CW, W, first,
+            IGNORE=IGNORE, BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+    return grad_CW
+
+
+def _block(config: dict[str, int], W: int) -> int:
+    return min(config["block"], max(32, triton.next_power_of_2(W)))
+
+
+def gate_specs(arch: str) -> list[KernelSpec]:
+    specs = []
+    kernels = (
+        ("cross_entropy_statistics", cross_entropy_statistics_kernel),
+        ("cross_entropy_gradient", cross_entropy_gradient_kernel),
+    )
+    for op, fn in kernels:
+        config = settings(op, arch, torch.float32, 131072, DEFAULT)
+        types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
+        types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
+        constants = {"IGNORE": -100, "BLOCK": config["block"]}
+        specs.append(KernelSpec(op, "fp32 logits, bf16 out", arch, fn, types, constants, config["num_warps"], 3))
+    return specs

@@ -1,0 +1,64 @@
+"""Triton kernel of the global norm: each part of each tensor gives one fp32 partial sum; no atomics, so the same
+numbers give the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megastage.kernels import multi_tensor
+from megastage.kernels.launch import settings, settings_for
+from megastage.kernels.registry import KernelSpec
+
+DEFAULT = {"block": 8192, "num_warps": 8}
+TL_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def sum_of_squares_kernel(
+    addresses_ptr, parts_ptr, partial_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    part = tl.program_id(0)
+    tensor = tl.load(parts_ptr + part * 3)
+    first = tl.load(parts_ptr + part * 3 + 1)
+    left = tl.load(parts_ptr + part * 3 + 2)
+    x_ptr = tl.load(addresses_ptr + tensor).to(tl.pointer_type(DTYPE)) + first
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+    lane = tl.arange(0, BLOCK)
+    if left == BLOCK:  # most parts: no mask, or the loads could not be wide
+        x = tl.load(x_ptr + lane).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + lane, lane < left, 0.0).to(tl.float32)
+    tl.store(partial_ptr + part, tl.sum(x * x, 0))
+
+
+def partial_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """fp32 sums of squares of all parts of non-empty tensors that share dtype and device."""
+    config = settings_for("global_norm", tensors[0], 0, DEFAULT)
+    table = multi_tensor.build([tensors], config["block"])
+    partial = torch.empty(table.parts.shape[0], dtype=torch.float32, device=tensors[0].device)
+    with torch.cuda.device_of(partial):
+        sum_of_squares_kernel[(table.parts.shape[0],)](
+            table.addresses, table.parts, partial, DTYPE=TL_TYPES[tensors[0].dtype], ALIGNED=table.aligned,
+            BLOCK=config["block"], num_warps=config["num_warps"],
+        )  # fmt: skip
+    return partial
+
+
+def gate_specs(arch: str) -> list[KernelSpec]:
+    specs = []
+    for name, dtype, fast in (("bf16", torch.bfloat16, True), ("fp32", torch.float32, False)):
+        config = settings("global_norm", arch, dtype, 0, DEFAULT)
+        types = {"addresses_ptr": "*i64:16", "parts_ptr": "*i64:16", "partial_ptr": "*fp32:16"}
+        constants = {"DTYPE": TL_TYPES[dtype], "ALIGNED": True, "BLOCK": config["block"]}
+        specs.append(
+            KernelSpec(
+                "global_norm", name, arch, sum_of_squares_kernel, types, constants, config["num_warps"], fast=fast
+            )
+        )
+    return specs

@@ -1,0 +1,259 @@
+"""From pieces of sources to the tensors of a step. Shape legend: B rows, T tokens of a row, C document bounds.
+
+Nothing of size T x T is made: documents travel as `cu_seqlens_BC`, each row's 0 and ascending document ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megastage.data.order import Rows
+from megastage.data.sources.base import IGNORED, SourceError, TokenSource
+
+_SHORT = 100  # tokens: shorter documents on average are faster counted all at once than one by one
+
+
+@dataclass
+class Batch:
+    """One data rank's rows of one optimizer step.
+
+    tokens_BT: int64, 0 in the padding. labels_BT: int64, the next token, -100 where the loss looks away (document ends
+    when documents are isolated, padding, loss masks). positions_BT: int64, from 0 at each document and row start
+    (document_mask), else 0 .. T-1. cu_seqlens_BC: int32, per row 0 and document ends, the last end repeated as padding;
+    C is a power of two; without document_mask [0, end]. What lies beyond a row's last end is padding.
+    source_B: int32, index into the stage's sources. ids_B: int64, position in the stage's global sample order.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    cu_seqlens_BC: Tensor
+    source_B: Tensor
+    ids_B: Tensor
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of `rows` rows in order (the last may be smaller); views, no copies."""
+        if rows < 1:
+            raise ValueError(f"micro-batch of {rows} rows: must be at least 1")
+        cut = [getattr(self, field.name).split(rows) for field in fields(self)]
+        return [Batch(*columns) for columns in zip(*cut)]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; copies from pinned memory do not block."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, for fast copies to a GPU."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+def assemble(
+    sources: Sequence[TokenSource],
+    source_B: np.ndarray,
+    ids_B: np.ndarray,
+    rows: Rows,
+    *,
+    seq_len: int,
+    document_mask: bool,
+    vocab_size: int | None = None,
+) -> Batch:
+    """Read the pieces of B rows, `sources[source_B[r]]` for row r, into one batch of [B, seq_len].
+
+    A piece's last label is the next token of its document or stream; at a document's end -100 with `document_mask`,
+    else the first token of the row's next piece. Raises SourceError for a token id outside 0 .. vocab_size - 1.
+    """
+    B, T = len(source_B), seq_len
+    pieces = _Pieces.place(source_B, rows, T)
+    tokens, labels = np.empty(B * T, np.int64), np.empty(B * T, np.int64)
+    for r in np.flatnonzero(pieces.valid_B < T).tolist():
+        tokens[r * T + pieces.valid_B[r] : (r + 1) * T] = 0
+    last_label = _read_tokens(sources, pieces, tokens)
+    labels[:-1] = tokens[1:]
+    _mask_targets(sources, pieces, labels, last_label)
+    last = pieces.at + pieces.lengths - 1
+    if document_mask:
+        labels[last] = last_label
+    else:
+        ended, followed = _document_joints(sources, pieces)
+        labels[last] = np.where(ended, np.where(followed, labels[last], IGNORED), last_label)
+    for r in np.flatnonzero(pieces.valid_B < T).tolist():
+        labels[r * T + pieces.valid_B[r] : (r + 1) * T] = IGNORED
+    given = _given_labels(sources, pieces, labels)
+    _check_vocabulary(sources, pieces, (tokens, last_label, *given), vocab_size)
+    if document_mask:
+        ends = _document_ends(sources, pieces)
+        labels[ends - 1] = IGNORED
+        # a piece starts afresh even where its document goes on in another row
+        ends = np.union1d(ends, last + 1)
+    else:
+        ends = np.arange(B) * T + pieces.valid_B
+    return Batch(
+        torch.from_numpy(tokens.reshape(B, T)),
+        torch.from_numpy(labels.reshape(B, T)),
+        torch.from_numpy(_positions(ends if document_mask else np.empty(0, np.int64), B, T)),
+        torch.from_numpy(_cu_seqlens(ends, pieces.valid_B, T)),
+        torch.from_numpy(source_B.astype(np.int32)),
+        torch.from_numpy(ids_B.astype(np.int64)),
+    )
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """P pieces: row, source, first token in the source's stream, length, place in the flat [B * T] buffers."""
+
+    row: np.ndarray
+    source: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    at: np.ndarray
+    valid_B: np.ndarray
+
+    @classmethod
+    def place(cls, source_B: np.ndarray, rows: Rows, T: int) -> _Pieces:
+        counts = np.diff(rows.offsets)
+        row = np.repeat(np.arange(len(counts)), counts)
+        ends = np.concatenate([[0], np.cumsum(rows.lengths)])
+        valid_B = ends[rows.offsets[1:]] - ends[rows.offsets[:-1]]
+        assert len(source_B) == len(counts)
+        assert valid_B.min() > 0
+        assert valid_B.max() <= T
+        at = ends[:-1] - np.repeat(ends[rows.offsets[:-1]], counts) + row * T
+        return cls(row, source_B[row], rows.starts, rows.lengths, at, valid_B)
+
+    def of(self, number: int) -> np.ndarray:
+        return np.flatnonzero(self.source == number)
+
+    def used(self) -> list[int]:
+        return np.unique(self.source).tolist()
+
+
+def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.ndarray) -> np.ndarray:
+    """Fill the flat tokens; returns int64[P], the token behind each piece (-100 at the end of the source)."""
+    last_label = np.full(len(pieces.at), IGNORED, np.int64)
+    triples = zip(pieces.source.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), pieces.at.tolist())
+    for p, (number, start, length, at) in enumerate(triples):
+        source = sources[number]
+        if start + length < source.n_tokens:
+            read = source.read(start, start + length + 1)
+            tokens[at : at + length] = read[:length]
+            last_label[p] = read[length]
+        else:
+            tokens[at : at + length] = source.read(start, start + length)
+    return last_label
+
+
+def _mask_targets(sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray, last_label: np.ndarray) -> None:
+    """Apply loss masks, which say of each token whether it is a target, to labels and to the token behind a piece."""
+    for number in pieces.used():
+        source = sources[number]
+        if not source.has_loss_mask:
+            continue
+        for p in pieces.of(number).tolist():
+            start, length, at = int(pieces.starts[p]), int(pieces.lengths[p]), int(pieces.at[p])
+            mask = source.loss_mask(start, min(start + length + 1, source.n_tokens))
+            assert mask is not None
+            # token i is the target of the position in front of it
+            first = 0 if at else 1
+            labels[at + np.flatnonzero(~mask[first:length]) + first - 1] = IGNORED
+            if len(mask) > length and not mask[length]:
+                last_label[p] = IGNORED
+
+
+def _document_joints(sources: Sequence[TokenSource], pieces: _Pieces) -> tuple[np.ndarray, np.ndarray]:
+    """bool[P], bool[P]: the piece ends a packed document; another piece follows in its row."""
+    ended = np.zeros(len(pieces.at), np.bool_)
+    for number in pieces.used():
+        source = sources[number]
+        if source.kind == "documents":
+            mine = pieces.of(number)
+            ends, stops = source.doc_ends, pieces.starts[mine] + pieces.lengths[mine]
+            stops = stops.astype(ends.dtype)
+            ended[mine] = ends[np.searchsorted(ends, stops)] == stops
+    return ended, np.append(pieces.row[1:] == pieces.row[:-1], False)
+
+
+def _given_labels(sources: Sequence[TokenSource], pieces: _Pieces, labels: np.ndarray) -> list[np.ndarray]:
+    """Put labels that come with the data in place; returns them."""
+    given = []
+    for number in pieces.used():
+        source = sources[number]
+        if not source.has_labels:
+            continue
+        for p in pieces.of(number).tolist():
+            start, length, at = int(pieces.starts[p]), int(pieces.lengths[p]), int(pieces.at[p])
+            given.append(labels[at : at + length])
+            given[-1][:] = source.labels(start, start + length)
+    return given
+
+
+def _document_ends(sources: Sequence[TokenSource], pieces: _Pieces) -> np.ndarray:
+    """int64: ends of documents in flat coordinates (an end at row r's column c is r * T + c, c > 0)."""
+    found = []
+    for number in pieces.used():
+        mine = pieces.of(number)
+        starts = pieces.starts[mine]
+        offsets, ends = sources[number].document_ends(starts, starts + pieces.lengths[mine])
+        found.append(ends + np.repeat(pieces.at[mine] - starts, np.diff(offsets)))
+    return np.concatenate(found)
+
+
+def _positions(ends: np.ndarray, B: int, T: int) -> np.ndarray:
+    """int64[B, T]: positions from 0 at each row start and behind each end; `ends` ascend, in flat coordinates."""
+    starts = np.union1d(np.arange(B) * T, ends[ends < B * T])
+    lengths = np.diff(starts, append=B * T)
+    if len(starts) * _SHORT > B * T:
+        return (np.arange(B * T) - np.repeat(starts, lengths)).reshape(B, T)
+    positions, count = np.empty(B * T, np.int64), np.arange(T)
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+        positions[start : start + length] = count[:length]
+    return positions.reshape(B, T)
+
+
+def _cu_seqlens(ends: np.ndarray, valid_B: np.ndarray, T: int) -> np.ndarray:
+    """int32[B, C] from the sorted distinct flat ends; the last end of every row is its valid length."""
+    B = len(valid_B)
+    row = (ends - 1) // T
+    counts = np.bincount(row, minlength=B)
+    C = 1 << int(counts.max()).bit_length()  # counts.max() + 1 bounds, rounded up
+    cu_BC = np.repeat(valid_B.astype(np.int32)[:, None], C, axis=1)
+    cu_BC[:, 0] = 0
+    column = 1 + np.arange(len(ends)) - np.repeat(np.cumsum(counts) - counts, counts)
+    cu_BC[row, column] = ends - row * T
+    return cu_BC
+
+
+def _check_vocabulary(
+    sources: Sequence[TokenSource], pieces: _Pieces, values: Sequence[np.ndarray], vocab_size: int | None
+) -> None:
+    """values: the flat tokens, the token behind each piece, then labels that came with the data; -100 passes."""
+    limit = 1 << 62 if vocab_size is None else vocab_size
+    tokens, last_label = values[0], values[1]
+    # as unsigned numbers negative ones are too large as well, so that one pass finds both
+    if int(tokens.view(np.uint64).max()) < limit and all(_within(labels, limit) for labels in values[1:]):
+        return
+    bad = np.flatnonzero(tokens.view(np.uint64) >= limit)
+    behind = np.flatnonzero((last_label >= limit) | ((last_label < 0) & (last_label != IGNORED)))
+    if bad.size:
+        flat = int(bad[0])
+        p = int(np.searchsorted(pieces.at, flat, "right")) - 1
+        wrong, where = int(tokens[flat]), f"at position {int(pieces.starts[p]) + flat - int(pieces.at[p])}"
+    elif behind.size:
+        p = int(behind[0])
+        wrong, where = int(last_label[p]), f"at position {int(pieces.starts[p] + pieces.lengths[p])}"
+    else:
+        labels = next(labels for labels in values[2:] if not _within(labels, limit))
+        p = next(p for p, number in enumerate(pieces.source.tolist()) if sources[number].has_labels)
+        wrong, where = int(labels.max() if labels.max() >= limit else labels.min()), "among the labels"
+    raise SourceError(
+        f"{sources[int(pieces.source[p])].path}: token {wrong} {where} of its stream is outside the model's vocabulary"
+        f" of {limit}; use the tokenizer that made the data, or a model with a larger vocabulary"
+    )
+
+
+def _within(labels: np.ndarray, limit: int) -> bool:
+    return not labels.size or bool(labels.max() < limit and ((labels >= 0) | (labels == IGNORED)).all())

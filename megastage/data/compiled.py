@@ -1,0 +1,167 @@
+"""The two inner loops that numba may speed up. Each has a plain-Python twin with the same result beside its caller.
+
+numba is optional: `blend_period()` and `best_fit()` return the compiled function, or None where numba is missing or
+switched off with the environment variable MEGASTAGE_NUMBA=0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+# The position of the single set bit of x is DE_BRUIJN[(x * DE_BRUIJN_FACTOR) >> 58] (a de Bruijn sequence of order 6).
+DE_BRUIJN_FACTOR = 0x03F79D71B4CB0A89
+DE_BRUIJN = np.zeros(64, np.int64)
+for _bit in range(64):
+    DE_BRUIJN[((DE_BRUIJN_FACTOR << _bit) & 0xFFFF_FFFF_FFFF_FFFF) >> 58] = _bit
+
+
+@lru_cache(maxsize=1)
+def _numba() -> Any:
+    if os.environ.get("MEGASTAGE_NUMBA", "1") == "0":
+        return None
+    try:
+        import numba
+    except ImportError:
+        return None
+    return numba
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    numba = _numba()
+    if numba is None:
+        return None
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # no writable place for the cache
+        return numba.njit(function)
+
+
+@lru_cache(maxsize=1)
+def blend_period() -> Callable[..., Any] | None:
+    """Compiled `(weights int64[k], period) -> (source int16[W], rank int32[W])`, k >= 2, or None."""
+    return _compile(_blend_period)
+
+
+@lru_cache(maxsize=1)
+def best_fit() -> Callable[..., Any] | None:
+    """Compiled `(lengths int64[n] in falling order, capacity) -> bin int64[n]`, or None."""
+    return _compile(_best_fit)
+
+
+def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
+    """Earliest-deadline-first over all draws of one period, in O(1) a draw.
+
+    Draws are numbered by (deadline, source), so that the ready set is a bitmap over these numbers and its lowest
+    bit is the draw to make; two summary levels above it make the search a matter of three words.
+    """
+    k, W = weights.size, period
+    M = 2 * k - 2
+    releases = np.empty(W, np.int32)
+    deadlines = np.empty(W, np.int32)
+    by_deadline = np.zeros(W + 2, np.int32)
+    by_release = np.zeros(W + 2, np.int32)
+    job = 0
+    for i in range(k):
+        den = M * weights[i]
+        step, step_rest = W // weights[i], (W % weights[i]) * M
+        release, release_rest = (W + den - 1) // den, (W + den - 1) % den
+        deadline, deadline_rest = ((M - 1) * W) // den, ((M - 1) * W) % den
+        for _ in range(weights[i]):
+            releases[job] = release
+            deadlines[job] = deadline + 1
+            by_release[release + 1] += 1
+            by_deadline[deadline + 2] += 1
+            release, release_rest = release + step, release_rest + step_rest
+            if release_rest >= den:
+                release, release_rest = release + 1, release_rest - den
+            deadline, deadline_rest = deadline + step, deadline_rest + step_rest
+            if deadline_rest >= den:
+                deadline, deadline_rest = deadline + 1, deadline_rest - den
+            job += 1
+    for slot in range(W + 1):
+        by_release[slot + 1] += by_release[slot]
+        by_deadline[slot + 1] += by_deadline[slot]
+    source_of = np.empty(W, np.int16)
+    released = np.empty(W, np.int32)
+    job = 0
+    for i in range(k):
+        for _ in range(weights[i]):
+            number = by_deadline[deadlines[job]]
+            by_deadline[deadlines[job]] += 1
+            source_of[number] = i
+            released[by_release[releases[job]]] = number
+            by_release[releases[job]] += 1
+            job += 1
+    # by_release[slot] is now the end of that slot's draws in `released`, which lists them slot by slot
+    zero, one, factor = np.uint64(0), np.uint64(1), np.uint64(DE_BRUIJN_FACTOR)
+    words = np.zeros(W // 64 + 1, np.uint64)
+    summary = np.zeros(words.size // 64 + 1, np.uint64)
+    top = np.zeros(summary.size // 64 + 1, np.uint64)
+    source = np.empty(W, np.int16)
+    rank = np.empty(W, np.int32)
+    drawn = np.zeros(k, np.int32)
+    at = 0
+    for slot in range(1, W + 1):
+        while at < by_release[slot]:
+            number = released[at]
+            words[number >> 6] |= one << np.uint64(number & 63)
+            summary[number >> 12] |= one << np.uint64((number >> 6) & 63)
+            top[number >> 18] |= one << np.uint64((number >> 12) & 63)
+            at += 1
+        high = 0
+        while top[high] == zero:
+            high += 1
+        bits = top[high]
+        mid = (high << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+        bits = summary[mid]
+        low = (mid << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+        bits = words[low]
+        number = (low << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+        words[low] &= words[low] - one
+        if words[low] == zero:
+            summary[mid] &= summary[mid] - one
+            if summary[mid] == zero:
+                top[high] &= top[high] - one
+        i = source_of[number]
+        source[slot - 1] = i
+        rank[slot - 1] = drawn[i]
+        drawn[i] += 1
+    return source, rank
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Each item goes to the fullest bin that still holds it; among equally full ones, to the one filled last."""
+    n = lengths.size
+    bins = np.empty(n, np.int64)
+    room_top = np.full(capacity + 1, -1, np.int64)  # by free room: the bin filled last
+    below = np.empty(n, np.int64)  # by bin: the bin with the same room filled before it
+    words = np.zeros(capacity // 64 + 1, np.uint64)  # which free rooms have a bin
+    zero, one, factor = np.uint64(0), np.uint64(1), np.uint64(DE_BRUIJN_FACTOR)
+    opened = 0
+    for item in range(n):
+        length = lengths[item]
+        word = length >> 6
+        bits = words[word] & ((~zero) << np.uint64(length & 63))
+        while bits == zero and word + 1 < words.size:
+            word += 1
+            bits = words[word]
+        if bits == zero:
+            room, target = capacity, opened
+            opened += 1
+        else:
+            room = (word << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+            target = room_top[room]
+            room_top[room] = below[target]
+            if room_top[room] < 0:
+                words[room >> 6] &= ~(one << np.uint64(room & 63))
+        bins[item] = target
+        room -= length
+        below[target] = room_top[room]
+        room_top[room] = target
+        words[room >> 6] |= one << np.uint64(room & 63)
+    return bins

@@ -1,0 +1,101 @@
+"""Which rows make up a global batch, computed from integers alone: the same on every rank, no token is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megastage.data.index import DataIndex
+from megastage.data.order import Cursor, Rows, ragged_index
+from megastage.data.state import StageRecord, histories
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The global batch of samples [start, start + n): source int64[n] of each row, its pieces, and their digest."""
+
+    start: int
+    source: np.ndarray
+    rows: Rows
+    digest: str
+
+    def part(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray, Rows]:
+        """(sources, sample ids, pieces) of rows low .. high-1 of the batch."""
+        first, stop = int(self.rows.offsets[low]), int(self.rows.offsets[high])
+        rows = Rows(
+            self.rows.offsets[low : high + 1] - first, self.rows.starts[first:stop], self.rows.lengths[first:stop]
+        )
+        return self.source[low:high], self.start + np.arange(low, high), rows
+
+
+class Planner:
+    """Plans the batches of one stage, whose earlier stages consumed what `records` say.
+
+    Not thread-safe: cursors of packed sources keep the blocks that they packed last.
+    """
+
+    def __init__(
+        self,
+        index: DataIndex,
+        records: Sequence[StageRecord],
+        record: StageRecord,
+    ) -> None:
+        """records: of the stages before; record: of this stage (its samples and marks say where it goes on)."""
+        self._index = mine = index.stages[record.index]
+        past = histories(records, index)
+        self._cursors: dict[int, Cursor] = {}
+        self._offsets: dict[int, int] = {}
+        self._hashes = np.frombuffer(b"".join(source.fingerprint for source in mine.sources), "V32")
+        for number in np.flatnonzero(mine.weights).tolist():
+            key = mine.order_key(number)
+            before = past.get(key, [])
+            offset = 0
+            if before and before[-1].seq_len == record.seq_len:
+                # the same length goes on in the same rows: a boundary that changes only the mixture costs nothing
+                last = before.pop()
+                offset, mark = last.rows, record.marks.get(key, last.mark)
+            else:
+                mark = record.marks.get(key)
+            self._cursors[number] = index.orders[key].enter(before, record.seq_len, mark)
+            self._offsets[number] = offset
+
+    def plan(self, start: int, stop: int) -> Plan:
+        """The rows of samples start .. stop-1 of the stage."""
+        source, counter = self._index.table.draws(start, stop)
+        n = stop - start
+        parts = []
+        counts = np.empty(n, np.int64)
+        for number in np.unique(source).tolist():
+            mine = np.flatnonzero(source == number)
+            rows = self._cursors[number].rows(counter[mine] + self._offsets[number])
+            counts[mine] = np.diff(rows.offsets)
+            parts.append((mine, rows))
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        starts, lengths = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int64)
+        for mine, rows in parts:
+            target, _ = ragged_index(offsets[mine], counts[mine])
+            starts[target], lengths[target] = rows.starts, rows.lengths
+        merged = Rows(offsets, starts, lengths)
+        return Plan(start, source.astype(np.int64), merged, self._digest(source, merged))
+
+    def marks(self, samples: int) -> dict[str, list[int]]:
+        """By order key, where the rows of each source end after `samples` samples of the stage."""
+        counts = self._index.table.counts_at(samples)
+        marks = {}
+        for number, cursor in self._cursors.items():
+            mark = cursor.mark(int(counts[number]) + self._offsets[number])
+            if mark is not None:
+                marks[self._index.order_key(number)] = [int(value) for value in mark]
+        return marks
+
+    def _digest(self, source: np.ndarray, rows: Rows) -> str:
+        """blake2b over (source content, piece starts, piece lengths) of every row in order."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self._hashes[source].tobytes())
+        for values in (rows.offsets, rows.starts, rows.lengths):
+            digest.update(values.astype("<i8").tobytes())
+        return digest.hexdigest()

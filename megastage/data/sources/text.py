@@ -1,0 +1,133 @@
+"""Documents of text from local files: .txt, .json, .jsonl (also .gz, .zst), .parquet, .arrow, save_to_disk folders."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megastage.data.sources.base import SourceError
+from megastage.data.sources.preprocessed import data_files, record_batches
+
+_LINES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_LINES, ".txt", ".parquet", ".arrow")
+_PACKINGS = ("", ".gz", ".zst")
+_PROBE_BYTES = 1 << 16
+
+
+def text_files(path: Path) -> list[Path]:
+    """The text files that `path` stands for, in a fixed order."""
+    if path.is_file():
+        if _suffix(path) is None:
+            raise SourceError(f"{path}: not a known kind of text file; expected {', '.join(_SUFFIXES)} (or .gz, .zst)")
+        return [path]
+    if (path / "state.json").is_file():
+        return data_files(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) and file.name[0] != ".")
+    if not files:
+        raise SourceError(f"{path}: holds no text files ({', '.join(_SUFFIXES)}, the first four also as .gz or .zst)")
+    return files
+
+
+def content_key(files: list[Path]) -> bytes:
+    """blake2b over names, sizes, change times and the heads of the files: a changed file gives another key."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_PROBE_BYTES))
+    return digest.digest()
+
+
+def documents(files: list[Path], field: str) -> Iterator[str]:
+    """Every document in order; a .txt file is one document. Raises SourceError naming file and line."""
+    for file in files:
+        suffix = _suffix(file)
+        if suffix in (".parquet", ".arrow"):
+            yield from _columnar(file, field)
+        elif suffix == ".txt":
+            with _opened(file) as stream:
+                yield _decode(file, stream.read(), "")
+        elif suffix == ".json" and _is_array(file):
+            with _opened(file) as stream:
+                yield from _objects(file, _parse(file, stream.read(), ""), field)
+        else:
+            yield from _lines(file, field)
+
+
+def _suffix(file: Path) -> str | None:
+    name = file.name.lower()
+    for packing in _PACKINGS:
+        for suffix in _SUFFIXES:
+            if name.endswith(suffix + packing) and not (packing and suffix in (".parquet", ".arrow")):
+                return suffix
+    return None
+
+
+def _opened(file: Path) -> BinaryIO:
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    if file.name.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise SourceError(f"{file}: needs the package zstandard; `pip install zstandard`") from None
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
+    return open(file, "rb")
+
+
+def _is_array(file: Path) -> bool:
+    with _opened(file) as stream:
+        return stream.read(_PROBE_BYTES).lstrip()[:1] == b"["
+
+
+def _lines(file: Path, field: str) -> Iterator[str]:
+    number = 0
+    try:
+        with _opened(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield from _objects(file, [_parse(file, line, f", line {number}")], field, f", line {number}")
+    except (OSError, EOFError) as error:
+        raise SourceError(f"{file}, behind line {number}: cannot be unpacked ({error}); copy it again") from error
+
+
+def _parse(file: Path, content: bytes, where: str) -> Any:
+    try:
+        return json.loads(_decode(file, content, where))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{file}{where}: no JSON ({error}); repair or drop it") from None
+
+
+def _decode(file: Path, content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file}{where}: not UTF-8 (byte {error.start}); convert it") from None
+
+
+def _objects(file: Path, entries: Any, field: str, where: str = "") -> Iterator[str]:
+    for number, entry in enumerate(entries):
+        here = where or f", entry {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+            found = sorted(entry)[:8] if isinstance(entry, dict) else type(entry).__name__
+            raise SourceError(f"{file}{here}: no text under {field!r} (found {found}); name the text field")
+        yield entry[field]
+
+
+def _columnar(file: Path, field: str) -> Iterator[str]:
+    for batch in record_batches(file, None):
+        if field not in batch.schema.names:
+            raise SourceError(f"{file}: no column {field!r} (found {batch.schema.names}); name the text field")
+        for entry in batch.column(field):
+            value = entry.as_py()
+            if not isinstance(value, str):
+                raise SourceError(f"{file}: column {field!r} holds {type(value).__name__}, expected text")
+            yield value

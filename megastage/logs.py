@@ -1,0 +1,65 @@
+"""What a person sees: rank 0's lines, and a live bar when they look at a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+log = logging.getLogger("megastage")
+
+
+class _BarSafeHandler(logging.StreamHandler):
+    """Writes lines above a live tqdm bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+
+
+def setup(rank: int, stream: TextIO | None = None) -> None:
+    """Rank 0 prints messages as they are; other ranks print warnings and errors only, with their rank."""
+    handler = _BarSafeHandler(stream or sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def step_line(record: Mapping[str, Any], steps: int) -> str:
+    """One line for a completed update; `record` is the object that goes into metrics.jsonl."""
+    width = len(str(steps))
+    parts = [
+        f"step {record['step']:>{width}}/{steps}",
+        f"stage {record['stage']}",
+        f"loss {record['loss']:.4f}",
+        f"grad_norm {record['grad_norm']:.4f}",
+        f"lr {record['lr']:.3e}",
+        f"tokens/s {record['tokens_per_s']:,.0f}",
+        f"mfu {record['mfu'] * 100:.1f}%" if record.get("mfu") is not None else "mfu n/a",
+        f"memory {record['memory_gib']:.2f}GiB",
+        f"data_wait {record['data_wait_s'] * 1e3:.1f}ms",
+    ]
+    return "  ".join(parts)
+
+
+class Progress:
+    """A bar over the steps of the run on a terminal; nothing when output is piped or on other ranks."""
+
+    def __init__(self, done: int, total: int, *, enabled: bool) -> None:
+        show = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False) if show else None
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Advance by one step and show its loss and stage."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{record['stage']} loss {record['loss']:.3f}", refresh=False)
+            self.bar.update(1)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()

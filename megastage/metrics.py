@@ -1,0 +1,102 @@
+"""The numbers of a run: one JSON object a step in metrics.jsonl, and TensorBoard or Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Sink(Protocol):
+    """A place metrics go to."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Appends to `path`. A resumed run first drops the records of updates that it is going to do again."""
+
+    def __init__(self, path: Path, done_steps: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _keep_until(path, done_steps)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _keep_until(path: Path, done_steps: int) -> None:
+    """Rewrite the file without records beyond `done_steps`, and without a last line cut off by a kill."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= done_steps:
+            kept.append(line)
+    partial = path.with_suffix(".jsonl.tmp")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class TensorBoard:
+    """Scalars under `folder`; needs the tensorboard extra."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "metrics.enable_tensorboard = true needs the tensorboard package: pip install 'megastage[tensorboard]'"
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run; needs the wandb extra. Project and entity come from wandb's own environment variables."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise ValueError(
+                "metrics.enable_wandb = true needs the wandb package: pip install 'megastage[wandb]'"
+            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(dir=str(folder), config=dict(config))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: reserved by the allocator on CUDA, resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

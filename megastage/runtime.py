@@ -1,0 +1,121 @@
+"""Process groups and devices, chosen once at start: NCCL on CUDA, gloo on CPU, one code path for both.
+
+One process without torchrun is a world of one: everything downstream may use collectives freely.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Runtime:
+    """Where this process stands. `control` is a gloo group of all ranks for small CPU tensors and agreement;
+    `checkpoint` is another, so that a save in the background never interleaves with training's collectives."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+    checkpoint: dist.ProcessGroup
+    stop_signal: int = 0
+    _old_handlers: dict[int, object] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints and writes."""
+        return self.rank == 0
+
+    def watch_signals(self) -> None:
+        """Turn SIGTERM and SIGUSR1 into a request to save and leave after the current step."""
+
+        def request(signum: int, _frame: FrameType | None) -> None:
+            self.stop_signal = signum
+
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            self._old_handlers[signum] = signal.signal(signum, request)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave together: a rank that tears its groups down early can fail its peers' last collective.
+
+        A rank that failed doesn't wait for the others, which may never come.
+        """
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._old_handlers.clear()
+        if dist.is_initialized() and not failed:
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_type: str | None = None) -> Runtime:
+    """Join the job described by torchrun's environment (or a world of one) and make the two gloo groups.
+
+    Raises RuntimeError when CUDA is asked for and absent.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("device cuda was asked for, but torch sees none: run on a GPU machine or on cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"LOCAL_RANK={local_rank}, but this node has {torch.cuda.device_count()} CUDA devices: "
+                "start torchrun with --nproc-per-node of at most that"
+            )
+        torch.cuda.set_device(local_rank)
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if not dist.is_initialized():
+        _init_process_group(device, timedelta(seconds=init_timeout_s))
+    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, 1800))
+    control = dist.new_group(backend="gloo", timeout=long_timeout)
+    checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint)
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        return
+    # torchrun keeps one store across restarts; without a name per attempt, gloo meets the dead attempt's addresses.
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefixed = dist.PrefixStore(f"attempt{attempt}", store)
+    dist.init_process_group(
+        backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the process's generators. Weights and data are seeded by name and position, independent of these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
+    """Ask torch for bit-reproducible kernels (CUDA needs CUBLAS_WORKSPACE_CONFIG, set here before first use)."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+def collect_garbage(device: torch.device) -> None:
+    """Free what reference cycles and the caching allocator still hold: done at stage boundaries."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,180 @@
+"""The run: everything is built once, then a loop that reads from top to bottom."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megastage import boundary, flops, logs, startup
+from megastage.config.schema import Config
+from megastage.data.batch import Batch
+from megastage.logs import log
+from megastage.metrics import Sink, memory_gib
+from megastage.optim import clip_gradients, gradient_norm
+from megastage.parallel.context import ContextGroup
+from megastage.parallel.pipeline import Runner
+from megastage.runtime import Runtime
+from megastage.schedule import Schedule
+from megastage.stages import Stage, lookup
+
+
+class Trainer:
+    """A run of `cfg` on the ranks of `runtime`; building it resumes from the newest good checkpoint where there is one.
+
+    Raises ValueError (with every problem found) for configurations, data or checkpoints that can't be used.
+    """
+
+    stage: Stage
+    context: ContextGroup
+    runner: Runner
+
+    def __init__(self, cfg: Config, runtime: Runtime) -> None:
+        self.cfg, self.runtime = cfg, runtime
+        self.parts = parts = startup.prepare(cfg, runtime)
+        self.mesh, self.model, self.optimizer = parts.mesh, parts.model, parts.optimizer
+        self.stages, self.data, self.checkpoints = parts.stages, parts.data, parts.checkpoints
+        self.schedule = Schedule(cfg, self.stages)
+        self.step = parts.step
+        self.peak_flops = flops.peak_flops(device_name(runtime.device))
+        self.sinks: list[Sink] = startup.open_sinks(cfg, runtime, self.step)
+        startup.log_plan(cfg, runtime, parts)
+
+    def run(self) -> None:
+        """Train to the last step, or to a signal to stop. The newest state is on disk when this returns."""
+        cfg, steps = self.cfg, self.cfg.training.steps
+        self.runtime.watch_signals()
+        gc.disable()  # collections at their own pace stall one rank and so all: collect together instead
+        progress = logs.Progress(self.step, steps, enabled=self.runtime.is_main)
+        current: Stage | None = None
+        stop = False
+        while self.step < steps and not stop:
+            stage = lookup(self.stages, self.step)
+            if stage is not current:
+                boundary.apply(self, stage)
+                current = stage
+            record, stop = self.train_step()
+            progress.update(record)
+            self.report(record)
+            if self.due_for_checkpoint() or stop:
+                self.save()
+            if self.step % cfg.training.gc_freq == 0:
+                gc.collect(1)
+        progress.close()
+        gc.enable()
+        if stop:
+            log.info("Stopped by a signal after step %d%s", self.step, "; saved" if self.checkpoints else "")
+        self.close()
+
+    def train_step(self) -> tuple[dict[str, Any], bool]:
+        """One update: batch, forward and backward, norm, optimizer. Returns its metrics and whether to stop."""
+        began = time.perf_counter()
+        batch = self.data.next()
+        data_wait_s = time.perf_counter() - began
+        pairs = flops.attended_pairs(batch.cu_seqlens_BC)
+        batch = self.context.shard(batch.to(self.runtime.device))
+        valid = self.count_valid(batch)
+        scale = self.mesh.data.size() / max(valid, 1)  # FSDP averages gradients over the data ranks
+        loss_sum = self.runner.step(batch, scale)
+        self.model.tied.sum_gradients(self.model.parameters)
+        norm = gradient_norm(self.model.parameters, self.mesh, self.model.tied.counted_elsewhere)
+        clip_gradients(self.model.parameters, norm, self.cfg.training.max_norm)
+        loss, model_flops, stop = self.reduce(loss_sum, valid, len(batch.ids_B), pairs)
+        self.refuse_non_finite(loss, norm.item())
+        lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
+        self.optimizer.step(lr, weight_decay)
+        self.step += 1
+        step_s = time.perf_counter() - began
+        rows_tokens = self.stage.global_batch_size * self.stage.seq_len
+        record = {
+            "step": self.step,
+            "stage": self.stage.name,
+            "loss": loss,
+            "grad_norm": norm.item(),
+            "lr": lr,
+            "tokens": startup.consumed_tokens(self.stages, self.step),
+            "tokens_per_s": rows_tokens / step_s,
+            "sample_digest": self.data.sample_digest(),
+            "mfu": flops.utilisation(model_flops, step_s, self.runtime.world_size, self.peak_flops),
+            "memory_gib": memory_gib(self.runtime.device),
+            "data_wait_s": data_wait_s,
+            "step_s": step_s,
+            "seq_len": self.stage.seq_len,
+            "valid_labels": valid,
+            "weight_decay": weight_decay,
+        }
+        return record, stop
+
+    def count_valid(self, batch: Batch) -> int:
+        """Labels of the global batch that count: the loss is the mean over them."""
+        valid = (batch.labels_BT != -100).sum()
+        dist.all_reduce(valid, group=self.mesh.group("data"))
+        return int(valid.item())
+
+    def reduce(self, loss_sum: torch.Tensor, valid: int, rows: int, pairs: int) -> tuple[float, float, bool]:
+        """Mean loss, the step's model FLOPs and whether any rank was told to stop: one small all-reduce over all."""
+        counts = self.mesh.tp_rank == 0 and self.mesh.pp_rank == self.mesh.layout.pp - 1
+        rank_flops = flops.model_flops(self.model.cfg, rows * self.stage.seq_len, pairs) / self.context.degree
+        step_flops = rank_flops if counts else 0.0
+        sums = torch.tensor([0.0, step_flops, float(self.runtime.stop_signal > 0)], dtype=torch.float64)
+        sums = sums.to(self.runtime.device)
+        if counts:
+            sums[0] = loss_sum
+        dist.all_reduce(sums)
+        loss_total, flops_total, signals = sums.tolist()
+        return loss_total / max(valid, 1), flops_total, signals > 0
+
+    def refuse_non_finite(self, loss: float, norm: float) -> None:
+        """Stop before a broken update reaches the weights; the newest checkpoint stays good."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        raise FloatingPointError(
+            f"update {self.step} (stage '{self.stage.name}', samples {self.data.sample_digest()}): loss {loss}, "
+            f"gradient norm {norm}. The weights were not changed; resume from the last checkpoint with a lower "
+            'optimizer.lr or training.max_norm, or with training.mixed_precision_param = "float32"'
+        )
+
+    def report(self, record: dict[str, Any]) -> None:
+        """The step line every metrics.log_freq steps and at a stage's first and last; every step to the sinks."""
+        step = record["step"]
+        edge = step in (self.stage.start_step + 1, self.stage.end_step)
+        if step % self.cfg.metrics.log_freq == 0 or edge:
+            log.info(logs.step_line(record, self.cfg.training.steps))
+        for sink in self.sinks:
+            sink.write(record)
+
+    def due_for_checkpoint(self) -> bool:
+        """At the interval, at every stage boundary, at the end, and after the first step if asked."""
+        settings = self.cfg.checkpoint
+        return (
+            self.step % settings.interval == 0
+            or self.step in (self.stage.end_step, self.cfg.training.steps)
+            or (self.step == 1 and settings.enable_first_step_checkpoint)
+        )
+
+    def save(self) -> None:
+        """Write step-N, N completed updates, with the stage and position of update N."""
+        if self.checkpoints is None or self.cfg.checkpoint.load_only:
+            return
+        began = time.perf_counter()
+        stage = lookup(self.stages, self.step)
+        state = startup.train_state(self.cfg, self.parts, self.step, stage)
+        self.checkpoints.save(self.step, startup.tensors_to_save(self.model, self.optimizer), state)
+        log.info("Saved checkpoint step-%d (%.2f s stalled)", self.step, time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Finish a save under way and release files and workers."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        self.data.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives the device; "cpu" for CPUs."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

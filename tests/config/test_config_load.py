@@ -1,0 +1,210 @@
+"""Command-line overrides, their laying over the file, and reading of TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megastage.config.fields import all_keys
+from megastage.config.load import ConfigError, load_config
+
+BASE = """
+[training]
+dataset_type = "nanoset"
+dataset_folders = ["/a", "/b"]
+steps = 100
+[[training.data_stages]]
+name = "one"
+start_step = 0
+[[training.data_stages]]
+name = "two"
+start_step = 50
+[checkpoint]
+enable_checkpoint = true
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    file = tmp_path / "base.toml"
+    file.write_text(BASE)
+    return str(file)
+
+
+def problems(argv: list[str], world_size: int | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv, world_size)
+    return caught.value.problems
+
+
+def test_config_and_job_config_file_are_the_same(base: str) -> None:
+    first, second = load_config(["--config", base]), load_config([f"--job.config_file={base}"])
+    assert first == second
+    assert first.job.config_file == base
+
+
+def test_without_a_file_everything_is_default() -> None:
+    cfg = load_config([])
+    assert cfg.model_fields_set == set()
+    assert (cfg.training.dataset, cfg.training.dataset_type, cfg.training.seq_len) == ("c4_test", "huggingface", 2048)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "value"),
+    [
+        (["--training.seq_len", "1024"], "training.seq_len", 1024),
+        (["--training.seq_len=1_024"], "training.seq_len", 1024),
+        (["--training.seq-len", "1024"], "training.seq_len", 1024),
+        (["--training.global_batch_size", "-1"], "training.global_batch_size", -1),
+        (["--optimizer.lr", "3e-4"], "optimizer.lr", 3e-4),
+        (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+        (["--training.max_norm", "inf"], "training.max_norm", float("inf")),
+        (["--training.dataset_folders", "/x,/y"], "training.dataset_folders", ("/x", "/y")),
+        (["--training.dataset_folders", '["/x", "/y"]'], "training.dataset_folders", ("/x", "/y")),
+        (["--training.dataset_weights", "0.5, 0.5"], "training.dataset_weights", (0.5, 0.5)),
+        (["--training.dataset_weights", "[1, 2]"], "training.dataset_weights", (1.0, 2.0)),
+        (["--checkpoint.enable"], "checkpoint.enable", True),
+        (["--checkpoint.enable", "true"], "checkpoint.enable", True),
+        (["--checkpoint.no-enable"], "checkpoint.enable", False),
+        (["--checkpoint.enable=false"], "checkpoint.enable", False),
+        (["--checkpoint.enable", "false", "--training.steps", "90"], "checkpoint.enable", False),
+        (["--checkpoint.no-enable-checkpoint"], "checkpoint.enable", False),
+        (["--training.compile"], "compile.enable", True),
+        (["--training.seed", "3"], "debug.seed", 3),
+        (["--model.rope_scaling.kind", "yarn", "--model.rope_scaling.factor", "4"], "model.rope_scaling.factor", 4.0),
+        (["--model.rope_scaling", '{"kind": "linear", "factor": 2}'], "model.rope_scaling.kind", "linear"),
+        (["--parallelism.pipeline_parallel_schedule", "GPipe"], "parallelism.pipeline_parallel_schedule", "GPipe"),
+        (["--training.steps", "90", "--training.steps", "80"], "training.steps", 80),
+    ],
+)
+def test_overrides(base: str, arguments: list[str], path: str, value: object) -> None:
+    node: object = load_config(["--config", base, *arguments])
+    for name in path.split("."):
+        node = getattr(node, name)
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_stages_by_index_change_one_key(base: str) -> None:
+    cfg = load_config(["--config", base, "--training.data_stages.1.seq_len", "1024"])
+    assert [stage.seq_len for stage in cfg.training.data_stages] == [None, 1024]
+    assert [stage.name for stage in cfg.training.data_stages] == ["one", "two"]
+    assert "seq_len" not in cfg.training.data_stages[0].model_fields_set
+
+
+def test_a_stage_can_be_added_by_index(base: str) -> None:
+    more = ["--training.data_stages.2.name", "three", "--training.data_stages.2.start_step=75"]
+    cfg = load_config(["--config", base, *more])
+    assert [stage.start_step for stage in cfg.training.data_stages] == [0, 50, 75]
+    assert problems(["--config", base, "--training.data_stages.4.name", "x"]) == [
+        "command line: --training.data_stages.4: there are 2 items; use 0 to 2"
+    ]
+
+
+def test_all_stages_as_json(base: str) -> None:
+    cfg = load_config(["--config", base, "--training.data_stages", '[{"name": "x", "start_step": 0}]'])
+    assert [stage.name for stage in cfg.training.data_stages] == ["x"]
+    cfg = load_config(["--config", base, "--training.data_stages", "[]"])
+    assert cfg.training.data_stages == ()
+
+
+def test_a_whole_and_its_parts_at_once(base: str) -> None:
+    for order in (1, -1):
+        both = [("--training.data_stages", "[]"), ("--training.data_stages.0.seq_len", "8")][::order]
+        (problem,) = problems(["--config", base, *(text for pair in both for text in pair)])
+        assert "give either the whole or its parts" in problem
+
+
+def test_the_command_line_wins_across_generations(base: str) -> None:
+    """A file's old name and a command line's new one are no contradiction; two in one place are."""
+    assert load_config(["--config", base, "--checkpoint.enable=false"]).checkpoint.enable is False
+    assert problems(["--checkpoint.enable", "--checkpoint.enable_checkpoint"]) == [
+        "checkpoint.enable_checkpoint and checkpoint.enable: two names for one key, both set; "
+        "keep checkpoint.enable alone"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (["--training.seqlen", "3"], "--training.seqlen is not a known key; did you mean --training.seq_len?"),
+        (["--seq_len", "3"], "--seq_len is not a known key; did you mean --training.seq_len?"),
+        (["--training.steps"], "--training.steps needs a value (int)"),
+        (["--training.steps", "--checkpoint.enable"], "--training.steps needs a value (int)"),
+        (["--training.steps", "many"], '--training.steps "many": must be an integer'),
+        (["--training.steps", "1.5"], '--training.steps "1.5": must be an integer'),
+        (["--optimizer.lr", "high"], '--optimizer.lr "high": must be a number'),
+        (["--checkpoint.enable=yes"], '--checkpoint.enable "yes": must be true or false'),
+        (["--debug.seed", "None"], '--debug.seed "None": must be an integer; leave the key out for its default'),
+        (["--training.dataset_weights", "[0.5"], "must be a list as JSON"),
+        (["--model.rope_scaling", "[]"], "must be a table as JSON"),
+        (["config.toml"], "'config.toml' is not of the form --section.key value; the configuration is given as"),
+        (["-x"], "'-x' is not of the form"),
+        (["--config", "/nowhere/c.toml"], "/nowhere/c.toml: there is no such file"),
+        (["--config", "/"], "/: can't be read as a text file"),
+    ],
+)
+def test_wrong_arguments(argument: list[str], message: str) -> None:
+    (problem,) = problems(argument)
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nsteps = = 3\n", "line 2: not valid TOML"),
+        ("[training]\n\nsteps 3\n", "line 3: not valid TOML"),
+        ("[training]\ndataset_path = None\n", "TOML has no None: leave the key out"),
+        ("[checkpoint]\nenable = True\n", "TOML writes true and false in lower case"),
+        ("[training]\nsteps = 3\nsteps = 4\n", "line 3: not valid TOML"),
+        ("[training\n", "not valid TOML"),
+    ],
+)
+def test_syntax_errors_name_file_and_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(text)
+    (problem,) = problems(["--config", str(file)])
+    assert problem.startswith(f"{file}: ")
+    assert message in problem
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(b"\xff\xfe\x00")
+    (problem,) = problems(["--config", str(file)])
+    assert "can't be read as a text file" in problem
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[trainin]\nx = 1\n[training]\nstepz = 1\nseq_len = "long"\ndataset = "None"\n[optimizer]\nlr = -1.0\n'
+    )
+    found = problems(["--config", str(file), "--nothing.here", "1"])
+    assert len(found) == 6
+    with pytest.raises(ConfigError, match=r"6 problems in the configuration \(.*c\.toml\)"):
+        load_config(["--config", str(file), "--nothing.here", "1"])
+
+
+def test_typos_and_contradictions_come_together(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[training]\nstepz = 1\n[parallelism]\ntensor_parallel_degree = 3\n[model]\nflavor = "9B"\n')
+    found = problems(["--config", str(file)], world_size=4)
+    assert len(found) == 3
+    assert any("4 ranks can't be divided" in problem for problem in found)
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert len(all_keys()) > 230
+    for path, info in all_keys().items():
+        assert f"--{path}  " in text
+        assert info.doc, path
+        assert len(info.doc) < 100, path
+    assert "--training.seq_len  int, default 2048\n" in text
+    assert "(also --checkpoint.enable_checkpoint)" in text
+    assert "--training.data_stages.N.name  string, required" in text
