@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from megastage.data.tokenizer import load_tokenizer
 from megastage.preprocess.__main__ import main
+from megastage.preprocess.encode import stretches
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["the", "cat", "sat", "Zürich", "東京", "😀", "counted", "1234", "sheep;", "f(x):\n", "", "", "x**2\r\n"]
@@ -157,6 +159,18 @@ def test_long_documents_keep_the_tokens_of_the_whole(
     (tmp_path / "long.txt").write_text(long, encoding="utf-8", newline="")
     assert read_packed(tokenize(source)) == expected(bpe, ["short", long, "short again"])
     assert read_packed(tokenize(tmp_path / "long.txt", output="txt")) == expected(bpe, [long])
+
+
+@pytest.mark.parametrize("join", ["\n", " ", "\n    "])
+def test_long_text_is_cut_into_bounded_stretches(bpe: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
+    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 2000)
+    text = join.join(["some words, a line; 12 numbers", "x = [1, 2]", "Zürich liegt am See"] * 1000)
+    chunks = [text[i : i + 700] for i in range(0, len(text), 700)]
+    parts = list(stretches(iter(chunks), load_tokenizer(bpe)))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 4000 + 700
+    library = tokenizers.Tokenizer.from_file(str(bpe))
+    assert [i for part in parts for i in library.encode(part).ids] == library.encode(text).ids
 
 
 def big_input(tmp_path: Path, count: int = 3000) -> list[str]:
