@@ -60,7 +60,8 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     model_cfg = with_vocabulary(cfg, model_config(cfg), tokenizer)
     mesh = build_mesh(layout, rt.device.type)
     checkpoints = open_checkpoints(cfg, rt)
-    pinned = frozen_facts(model_cfg, seed=cfg.debug.seed, tokenizer_sha256=tokenizer and tokenizer.sha256)
+    tokenizer_hash = None if tokenizer is None else tokenizer.sha256
+    pinned = frozen_facts(model_cfg, seed=cfg.debug.seed, tokenizer_sha256=tokenizer_hash)
     saved = read_train_state(cfg, checkpoints, pinned)
     seed = resolve_seed(cfg, rt, saved)
     runtime.seed_everything(seed)
