@@ -102,7 +102,8 @@ class Optimizer:
         """Set the number of updates done, which Adam's bias correction needs; call after loading `state_tensors`."""
         self.steps = steps
         for state in self.engine.state.values():
-            state["step"] = torch.tensor(float(steps), device=state["step"].device)
+            if "step" in state:
+                state["step"] = torch.tensor(float(steps), device=state["step"].device)
         for group in self.engine.param_groups:
             if "step" in group:  # Apex and the kernel count per group
                 group["step"] = steps

@@ -68,7 +68,12 @@ def report(cfg: Config, world_size: int, *, read_data: bool = True) -> str:
     stages = resolve_stages(cfg, layout, seed=cfg.debug.seed or 0)
     data = None
     if read_data:
-        data = DataEngine.build(stages, options=source_options(cfg, tokenizer), vocab_size=model.vocab_size)
+        data = DataEngine.build(
+            stages,
+            options=source_options(cfg, tokenizer),
+            vocab_size=model.vocab_size,
+            superblock_tokens=cfg.training.superblock_tokens,
+        )
 
     def extra(stage: Stage) -> list[str]:
         read = [] if data is None else data.plan_lines(stage)

@@ -64,7 +64,8 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     mesh = build_mesh(layout, rt.device.type)
     checkpoints = resume.open_checkpoints(cfg, rt)
     source = resume.Source(cfg, rt, checkpoints)
-    pinned = frozen_facts(model_cfg, seed=cfg.debug.seed, tokenizer_sha256=tokenizer and tokenizer.sha256)
+    tokenizer_hash = None if tokenizer is None else tokenizer.sha256
+    pinned = frozen_facts(model_cfg, seed=cfg.debug.seed, tokenizer_sha256=tokenizer_hash)
     saved = source.train_state(pinned)
     fresh = "train_state" in source.excluded
     seed = resume.resolve_seed(cfg, rt, None if fresh else saved)
@@ -197,6 +198,7 @@ def open_data(
         prefetch_batches=(loader.prefetch_factor or 2) * max(workers, 1),
         pin_memory=loader.pin_memory or rt.device.type == "cuda",
         node_leader=rt.local_rank == 0,
+        superblock_tokens=cfg.training.superblock_tokens,
     )
 
 

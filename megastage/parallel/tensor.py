@@ -107,7 +107,7 @@ def apply(decoder: Decoder, mesh: DeviceMesh) -> None:
     group = mesh.get_group()
     for name, module in decoder.named_modules():
         if group.size() > 1 and GATHERED.fullmatch(name):
-            module.project = partial(_project, group)  # type: ignore[assignment]
+            module.project = partial(_project, group)
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         for pattern, kind, placement in STYLES:

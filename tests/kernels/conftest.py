@@ -1,22 +1,13 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; it is switched on before Triton is first imported."""
+"""Kernel tests import the probe in tools/ and helpers beside them."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-REPO = Path(__file__).resolve().parents[2]
-for folder in (REPO, REPO / "tools"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-if not torch.cuda.is_available():
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
-        "triton was imported before its interpreter was switched on: run tests/kernels first or set TRITON_INTERPRET=1"
-    )
-    os.environ["TRITON_INTERPRET"] = "1"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+if str(TOOLS) not in sys.path:
+    sys.path.insert(0, str(TOOLS))
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def memory_guard():
     with (
         mock.patch.object(executor, "__call__", guarded_launch),
         mock.patch.object(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), dict(kwargs))),
-        mock.patch.object(executor, "_restore_args_dev", lambda *args: None),
+        mock.patch.object(executor, "_restore_args_dev", return_value=None),
         mock.patch.object(builder, "create_masked_load", guarded_load),
         mock.patch.object(builder, "create_masked_store", guarded_store),
         mock.patch.object(builder, "create_atomic_rmw", guarded_update),
