@@ -1,4 +1,4 @@
-"""The keys of [checkpoint] in real runs: seed checkpoints, starting from other runs, exclusions, the last save, export."""
+"""The keys of [checkpoint] in real runs: seed checkpoints, other runs' checkpoints, exclusions, last save, export."""
 
 from __future__ import annotations
 

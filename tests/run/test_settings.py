@@ -106,7 +106,8 @@ def test_colours_only_on_a_terminal(monkeypatch):
 
 
 def test_nested_figures_reach_tensorboard(tmp_path):
-    assert scalars({"step": 3, "stage": "a", "loss": 1.5, "validation": {"loss": 2.0, "sources": {"x": {"loss": 3}}}}) == {
+    nested = {"loss": 2.0, "sources": {"x": {"loss": 3}}}
+    assert scalars({"step": 3, "stage": "a", "loss": 1.5, "validation": nested}) == {
         "loss": 1.5, "validation/loss": 2.0, "validation/sources/x/loss": 3,
     }  # fmt: skip
     board = TensorBoard(tmp_path)
