@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megastage import build, initial, runtime
 from megastage.checkpoint.manager import CheckpointManager
-from megastage.checkpoint.train_state import TrainState, differences
+from megastage.checkpoint.train_state import TrainState
+from megastage.config.frozen import frozen_facts, frozen_problems
 from megastage.config.layout import Layout, resolve_layout
 from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
@@ -44,6 +45,7 @@ class Parts:
     checkpoints: CheckpointManager | None
     seed: int
     base_global_batch_size: int
+    pinned: dict[str, Any]
     step: int
 
 
@@ -58,7 +60,9 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     model_cfg = with_vocabulary(cfg, model_config(cfg), tokenizer)
     mesh = build_mesh(layout, rt.device.type)
     checkpoints = open_checkpoints(cfg, rt)
-    saved = read_train_state(cfg, checkpoints, model_cfg)
+    tokenizer_hash = None if tokenizer is None else tokenizer.sha256
+    pinned = frozen_facts(model_cfg, seed=cfg.debug.seed, tokenizer_sha256=tokenizer_hash)
+    saved = read_train_state(cfg, checkpoints, pinned)
     seed = resolve_seed(cfg, rt, saved)
     runtime.seed_everything(seed)
     model = build.build_model(cfg, model_cfg, mesh, rt.device)
@@ -74,7 +78,8 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     data = open_data(cfg, rt, model_cfg, stages, tokenizer, saved)
     contexts = make_groups(mesh, (stage.context_parallel_degree for stage in stages))
     step = 0 if saved is None else saved.step
-    return Parts(mesh, model, optimizer, stages, data, contexts, checkpoints, seed, base_batch, step)
+    pinned["debug.seed"] = seed
+    return Parts(mesh, model, optimizer, stages, data, contexts, checkpoints, seed, base_batch, pinned, step)
 
 
 def base_global_batch_size(cfg: Config, layout: Layout, saved: TrainState | None) -> int:
@@ -109,14 +114,9 @@ def with_vocabulary(cfg: Config, model: ModelConfig, tokenizer: Tokenizer | None
 
 
 def resolve_seed(cfg: Config, rt: Runtime, saved: TrainState | None) -> int:
-    """The configured seed, the checkpoint's, or one drawn on rank 0. Raises ValueError where the first two differ."""
+    """The checkpoint's seed, the configured one, or one drawn on rank 0."""
     configured = cfg.debug.seed
     if saved is not None:
-        if configured is not None and configured != saved.seed:
-            raise ValueError(
-                f"debug.seed = {configured}, but the checkpoint was trained with seed {saved.seed}: set it back or "
-                "leave it out (a stage may have a new dataset_random_seed)"
-            )
         return saved.seed
     drawn = torch.tensor([secrets.randbits(31) if configured is None else configured])
     dist.broadcast(drawn, src=0, group=rt.control)
@@ -136,21 +136,17 @@ def open_checkpoints(cfg: Config, rt: Runtime) -> CheckpointManager | None:
     )
 
 
-def read_train_state(cfg: Config, manager: CheckpointManager | None, model_cfg: ModelConfig) -> TrainState | None:
-    """The train state to go on from, or None. Raises ValueError when it is of another model."""
+def read_train_state(cfg: Config, manager: CheckpointManager | None, pinned: dict[str, Any]) -> TrainState | None:
+    """The train state to go on from, or None. Raises ValueError when it is of another model, tokenizer or seed."""
     if manager is None:
         return None
     step = manager.latest_good(cfg.checkpoint.load_step)
     if step is None:
         return None
     state = TrainState.from_json(manager.train_state(step))
-    found = differences(state.model, json.loads(json.dumps(asdict(model_cfg))), "model")
-    if found:
-        raise ValueError(
-            f"checkpoint step-{step} is of another model:\n  - "
-            + "\n  - ".join(found)
-            + "\nset these back, or use another checkpoint.folder"
-        )
+    problems = frozen_problems(state.pinned, pinned)
+    if problems:
+        raise ValueError(f"checkpoint step-{step} does not fit:\n  - " + "\n  - ".join(problems))
     return state
 
 
@@ -245,7 +241,7 @@ def train_state(cfg: Config, parts: Parts, step: int, stage: Stage) -> dict[str,
         optimizer={"step": parts.optimizer.steps},
         config=cfg.model_dump(mode="json"),
         stages=[record(each) for each in parts.stages],
-        model=json.loads(json.dumps(asdict(parts.model.cfg))),
+        pinned=parts.pinned,
         layout={key: int(value) for key, value in layout.items()},
     ).to_json()
 

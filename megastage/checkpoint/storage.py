@@ -7,6 +7,7 @@ items, which DCP would pass through torch.load, are refused by writer and reader
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -206,7 +207,8 @@ class ManifestReader(StorageReader):
             record = self.manifest.files[number]
             path = self.folder / record.name
             with _open(path) as file:
-                _read_chunk(file, path, 0, record.header_bytes, record.header_crc32, None)
+                header = torch.empty(record.header_bytes, dtype=torch.uint8)
+                _read_chunk(file, path, 0, header, record.header_crc32, None)
 
     def verify_files(self, files: list[int]) -> None:
         """Compare every byte of these files with the manifest, loading nothing."""
@@ -223,10 +225,13 @@ class ManifestReader(StorageReader):
         self, number: int, work: list[tuple[str, ChunkRecord, list[ReadItem]]], planner: LoadPlanner | None
     ) -> None:
         path = self.folder / self.manifest.files[number].name
+        largest = max((self.manifest.tensors[key].chunk_bytes(chunk) for key, chunk, _ in work), default=0)
+        buffer = torch.empty(largest, dtype=torch.uint8)  # one for all chunks: fresh pages cost more than the reading
         with _open(path) as file:
             for key, chunk, items in sorted(work, key=lambda w: w[1].begin):
                 tensor = self.manifest.tensors[key]
-                data = _read_chunk(file, path, chunk.begin, tensor.chunk_bytes(chunk), chunk.crc32, key)
+                data = buffer[: tensor.chunk_bytes(chunk)]
+                _read_chunk(file, path, chunk.begin, data, chunk.crc32, key)
                 if planner is None:
                     continue
                 source = data.view(tensor.dtype).view(chunk.sizes)
@@ -360,16 +365,17 @@ def _open(path: Path) -> Any:
         raise BadCheckpoint(f"{path}: the file is missing", file=str(path)) from error
 
 
-def _read_chunk(file: Any, path: Path, begin: int, n_bytes: int, crc32: int, key: str | None) -> Tensor:
-    """The n_bytes at `begin` (uint8 on the CPU), their CRC32 compared."""
-    data = torch.empty(n_bytes, dtype=torch.uint8)
+def _read_chunk(file: Any, path: Path, begin: int, data: Tensor, crc32: int, key: str | None) -> None:
+    """Fill `data` (uint8 on the CPU) from byte `begin` on and compare its CRC32."""
     view, position, crc = memoryview(data.numpy().data), 0, 0
     what = f"tensor {key}" if key else "its header"
     file.seek(begin)
-    while position < n_bytes:
+    while position < len(view):
         try:
             got = file.readinto(view[position : position + PIECE_BYTES])
         except OSError as error:
+            if error.errno != errno.EIO:  # only a medium that has lost the bytes; a network may have them again later
+                raise
             raise BadCheckpoint(f"{path}: reading {what}: {error}", file=str(path), tensor=key) from error
         if not got:
             raise BadCheckpoint(f"{path}: the file ends inside {what}", file=str(path), tensor=key)
@@ -377,4 +383,3 @@ def _read_chunk(file: Any, path: Path, begin: int, n_bytes: int, crc32: int, key
         position += got
     if crc != crc32:
         raise BadCheckpoint(f"{path}: {what} is not what was saved (CRC32 differs)", file=str(path), tensor=key)
-    return data

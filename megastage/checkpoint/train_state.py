@@ -25,7 +25,7 @@ class TrainState:
     seed: the run's resolved seed. global_batch_size: what training.global_batch_size = -1 was resolved to.
     optimizer: {"step": updates done}, for bias correction. rng: extra generator state, if the run needs any.
     config: the configuration. stages: a `megastage.stages.record` each, to prove on resume that the past is the same.
-    model: the hyper-parameters.
+    pinned: from `megastage.config.frozen`: what a run that goes on from here must not change.
     layout: world size and parallel degrees at the save; for information, another layout may resume.
     """
 
@@ -41,7 +41,7 @@ class TrainState:
     rng: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
+    pinned: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
     wall_time_s: float = 0.0
     torch_version: str = str(torch.__version__)
@@ -70,29 +70,6 @@ class TrainState:
         if problems:
             raise ValueError(f"train state: {'; '.join(problems)}")
         return cls(**data)
-
-
-def differences(saved: Any, current: Any, where: str = "") -> list[str]:
-    """Every place where two JSON values differ, as `path: saved X, now Y`; a resume shows them or refuses."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        return [
-            line
-            for key in sorted({*saved, *current})
-            for line in differences(saved.get(key, _ABSENT), current.get(key, _ABSENT), f"{where}.{key}".lstrip("."))
-        ]
-    if isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
-        return [line for i, pair in enumerate(zip(saved, current)) for line in differences(*pair, f"{where}[{i}]")]
-    if type(saved) is type(current) and saved == current:
-        return []
-    return [f"{where}: saved {saved!r}, now {current!r}"]
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_ABSENT = _Absent()
 
 
 def _misfit(value: Any, expected: Any) -> str:

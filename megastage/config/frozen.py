@@ -7,15 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from megastage.config.errors import show
-from megastage.config.model_choice import model_config
-from megastage.config.schema import Config
+from megastage.model.config import ModelConfig
 
 
-def frozen_facts(cfg: Config, *, seed: int) -> dict[str, Any]:
-    """Key -> JSON value of what a checkpoint pins: the model's sizes (RoPE is pinned per stage) and the run's seed."""
-    sizes = asdict(model_config(cfg))
+def frozen_facts(model: ModelConfig, *, seed: int | None, tokenizer_sha256: str | None = None) -> dict[str, Any]:
+    """Key -> JSON value of what a checkpoint pins: the model's sizes (RoPE is pinned per stage), seed and tokenizer.
+
+    What is not known (None) is left out.
+    """
+    sizes = asdict(model)
     del sizes["rope"], sizes["init_std"]
-    return {f"model.{name}": value for name, value in sizes.items()} | {"debug.seed": seed}
+    facts = {f"model.{name}": value for name, value in sizes.items()}
+    known = {"debug.seed": seed, "the tokenizer's sha256 (model.hf_assets_path)": tokenizer_sha256}
+    return facts | {key: value for key, value in known.items() if value is not None}
 
 
 def frozen_problems(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,9 @@ def _clean(node: Any, *, names: bool = False) -> Any:
         return node
     result = {}
     for name, value in node.items():
-        if not names and ((name == "title" and "properties" not in node) or (name == "default" and value is None)):
+        if not names and (name, value) in (("default", None), ("additionalProperties", True)):
+            continue
+        if not names and name == "title" and "properties" not in node:
             continue
         result[name] = _clean(value, names=name in ("properties", "definitions") and not names)
     if names:

@@ -98,7 +98,7 @@ def _jobs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _period_plain(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The twin of `compiled._blend_period`: in each slot, the released draw with the smallest (deadline, source)."""
+    """The twin of `compiled.blend_period()`: in each slot, the released draw with the smallest (deadline, source)."""
     W = int(weights.sum())
     source_of_job, release, deadline = _jobs(weights)
     by_deadline = np.argsort(deadline, kind="stable")  # jobs are listed by source, so ties fall to the lower source
@@ -178,8 +178,10 @@ class BlendTable:
 
     @cached_property
     def _block(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whole periods of at least BLOCK draws: source int16[B], counter and its growth per block, int64[B] each."""
+        """Whole periods, BLOCK draws or more: source int16[B], counter int[B], its growth a block int64[B]."""
         repeats = -(-BLOCK // self.period)
+        if repeats == 1:
+            return self.source, self.rank, self.weights[self.source]
         source = np.tile(self.source, repeats)
         growth = self.weights[source]
         counter = np.tile(self.rank, repeats) + growth * np.repeat(np.arange(repeats), self.period)

@@ -44,7 +44,14 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any] | None:
 @lru_cache(maxsize=1)
 def blend_period() -> Callable[..., Any] | None:
     """Compiled `(weights int64[k], period) -> (source int16[W], rank int32[W])`, k >= 2, or None."""
-    return _compile(_blend_period)
+    release_order, sweep = _compile(_release_order), _compile(_sweep)
+    if release_order is None or sweep is None:
+        return None
+
+    def blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
+        return sweep(weights.size, *release_order(weights, period))
+
+    return blend_period
 
 
 @lru_cache(maxsize=1)
@@ -53,11 +60,11 @@ def best_fit() -> Callable[..., Any] | None:
     return _compile(_best_fit)
 
 
-def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """Earliest-deadline-first over all draws of one period, in O(1) a draw.
+def _release_order(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All draws of one period, numbered by (deadline, source), and sorted by the slot from which they may happen.
 
-    Draws are numbered by (deadline, source), so that the ready set is a bitmap over these numbers and its lowest
-    bit is the draw to make; two summary levels above it make the search a matter of three words.
+    Returns the source of each number, int16[W]; the numbers slot by slot, int32[W]; and where each slot's end there,
+    by slot from 1, int32[W+2]. Two counting sorts, deadlines and releases kept as quotient and remainder.
     """
     k, W = weights.size, period
     M = 2 * k - 2
@@ -76,12 +83,12 @@ def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndar
             deadlines[job] = deadline + 1
             by_release[release + 1] += 1
             by_deadline[deadline + 2] += 1
-            release, release_rest = release + step, release_rest + step_rest
-            if release_rest >= den:
-                release, release_rest = release + 1, release_rest - den
-            deadline, deadline_rest = deadline + step, deadline_rest + step_rest
-            if deadline_rest >= den:
-                deadline, deadline_rest = deadline + 1, deadline_rest - den
+            release_rest += step_rest
+            carry = np.int64(release_rest >= den)  # without a branch, which would be taken at random
+            release, release_rest = release + step + carry, release_rest - carry * den
+            deadline_rest += step_rest
+            carry = np.int64(deadline_rest >= den)
+            deadline, deadline_rest = deadline + step + carry, deadline_rest - carry * den
             job += 1
     for slot in range(W + 1):
         by_release[slot + 1] += by_release[slot]
@@ -97,7 +104,16 @@ def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndar
             released[by_release[releases[job]]] = number
             by_release[releases[job]] += 1
             job += 1
-    # by_release[slot] is now the end of that slot's draws in `released`, which lists them slot by slot
+    return source_of, released, by_release  # what were starts are now ends
+
+
+def _sweep(k: int, source_of: np.ndarray, released: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Earliest deadline first, in O(1) a draw: (source int16[W], rank int32[W]).
+
+    The draws that may happen are a bitmap over their numbers, whose lowest bit is the draw to make; two summary levels
+    above it make a long search a matter of three words.
+    """
+    W = source_of.size
     zero, one, factor = np.uint64(0), np.uint64(1), np.uint64(DE_BRUIJN_FACTOR)
     words = np.zeros(W // 64 + 1, np.uint64)
     summary = np.zeros(words.size // 64 + 1, np.uint64)
@@ -105,28 +121,32 @@ def _blend_period(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndar
     source = np.empty(W, np.int16)
     rank = np.empty(W, np.int32)
     drawn = np.zeros(k, np.int32)
-    at = 0
+    at = low = 0  # low: no bit is set in a lower word
     for slot in range(1, W + 1):
-        while at < by_release[slot]:
+        while at < ends[slot]:
             number = released[at]
+            low = min(low, number >> 6)
             words[number >> 6] |= one << np.uint64(number & 63)
             summary[number >> 12] |= one << np.uint64((number >> 6) & 63)
             top[number >> 18] |= one << np.uint64((number >> 12) & 63)
             at += 1
-        high = 0
-        while top[high] == zero:
-            high += 1
-        bits = top[high]
-        mid = (high << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
-        bits = summary[mid]
-        low = (mid << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+        if words[low] == zero:  # the lowest set bit is far away: look it up
+            high = 0
+            while top[high] == zero:
+                high += 1
+            bits = top[high]
+            mid = (high << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
+            bits = summary[mid]
+            low = (mid << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
         bits = words[low]
         number = (low << 6) | DE_BRUIJN[np.int64(((bits & (~bits + one)) * factor) >> np.uint64(58))]
-        words[low] &= words[low] - one
-        if words[low] == zero:
-            summary[mid] &= summary[mid] - one
+        bits &= bits - one
+        words[low] = bits
+        if bits == zero:
+            mid = low >> 6
+            summary[mid] &= ~(one << np.uint64(low & 63))
             if summary[mid] == zero:
-                top[high] &= top[high] - one
+                top[mid >> 6] &= ~(one << np.uint64(mid & 63))
         i = source_of[number]
         source[slot - 1] = i
         rank[slot - 1] = drawn[i]

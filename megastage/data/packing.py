@@ -55,7 +55,7 @@ class _Frontier:
 def best_fit_plain(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Bins of items given in falling order of length: int64[n]. Each goes to the fullest bin that still holds it.
 
-    Among equally full bins the one filled last is taken. The twin of `compiled._best_fit`.
+    Among equally full bins the one filled last is taken. The twin of `compiled.best_fit()`.
     """
     bins = []
     rooms: list[int] = []  # the free rooms that some bin has, rising

@@ -325,6 +325,8 @@ def test_a_kill_before_any_file_operation_leaves_a_good_newest(tmp_path: Path, s
         assert status in (0, -signal.SIGKILL)
         manager = CheckpointManager(root, keep_latest_k=2)
         assert loaded(manager) in allowed, names(root)
+        for step in manager.steps():
+            manager.verify(step)  # a half-deleted old one would still be named like a checkpoint
         assert not [n for n in names(root) if n.endswith((".tmp", ".deleting")) and n != "latest.tmp"]
         fill(manager, 9)
         assert loaded(CheckpointManager(root)) == 9

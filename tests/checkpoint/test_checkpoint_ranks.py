@@ -19,7 +19,7 @@ from megastage.checkpoint import storage
 from megastage.checkpoint.errors import BadCheckpoint, CheckpointFailed, CheckpointMismatch
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.manifest import read_manifest
-from megastage.checkpoint.tensors import collect
+from megastage.optim import Optimizer
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -60,10 +60,20 @@ def sharded_model(mesh: DeviceMesh, fill: bool) -> nn.Module:
     return model
 
 
+def adamw(model: nn.Module) -> Optimizer:
+    return Optimizer(
+        dict(model.named_parameters()), name="AdamW", lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+        implementation="fused",
+    )  # fmt: skip
+
+
+def all_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {f"model.{name}": p for name, p in optimizer.parameters.items()} | optimizer.state_tensors()
+
+
 def training_tensors(mesh: DeviceMesh, fill: bool) -> dict[str, torch.Tensor]:
     model = sharded_model(mesh, fill)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tensors = collect([model], [optimizer])
+    tensors = all_tensors(model, adamw(model))
     if fill:
         for key, value in tensors.items():
             name = key.split("exp_avg.")[-1].split("exp_avg_sq.")[-1]
@@ -311,6 +321,45 @@ def test_background_saves_beside_training_collectives(tmp_path: Path) -> None:
         value = sum(3 * s + 3 for s in range(1, step + 1))
         assert all((out[f"model.{r}"] == value * r).all() for r in range(3))
         assert (out["model.w"] == value).all()
+
+
+def _fsdp_run(root: str, seed: int, steps: range, resume: bool) -> list[float]:
+    """A small FSDP2 run that validates (forward only) right before it saves, as a trainer does."""
+    manager = CheckpointManager(root, group=start(), async_mode="async")
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
+    fully_shard(model[0])
+    fully_shard(model, reshard_after_forward=False)
+    for module in (model[0], model):
+        module.set_force_sum_reduction_for_comms(True)
+    optimizer = adamw(model)
+    if resume:
+        found = manager.load_newest(all_tensors(model, optimizer))
+        assert found is not None
+        assert found[0] == steps.start
+        optimizer.set_steps(found[1]["optimizer"]["step"])
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        loss = (model(torch.randn(4, 7, generator=generator)) - 1).square().mean()
+        loss.backward()
+        optimizer.step(0.1, 0.01)
+        losses.append(loss.item())
+        with torch.no_grad():
+            model(torch.ones(1, 7))
+        if step == 3:
+            settings = {"optimizer": {"step": optimizer.steps}}
+            manager.save(step + 1, all_tensors(model, optimizer), settings)
+    manager.close()
+    finish()
+    return losses
+
+
+def test_an_fsdp_run_goes_on_bit_for_bit_from_a_background_save(tmp_path: Path) -> None:
+    straight = run_ranks(2, _fsdp_run, str(tmp_path), 1, range(8), False)
+    resumed = run_ranks(2, _fsdp_run, str(tmp_path), 2, range(4, 8), True)
+    assert resumed == [losses[4:] for losses in straight]
+    assert straight[0] != straight[1]
 
 
 def _not_shared(root: str) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megastage.checkpoint.train_state import TrainState, differences
+from megastage.checkpoint.train_state import TrainState
 
 
 def example() -> TrainState:
@@ -14,7 +14,7 @@ def example() -> TrainState:
         consumed_samples={"general": {"web": 20_480_000, "math": 5_120_000}},
         consumed_tokens={"general": {"web": 83_886_080_000, "math": 20_971_520_000}},
         optimizer={"step": 100_000, "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.95)}]},
-        stage_fingerprints=["a1", "b2"], layout={"world_size": 8, "tp": 2}, wall_time_s=12,
+        stages=[{"name": "general"}], pinned={"model.dim": 64}, layout={"world_size": 8, "tp": 2}, wall_time_s=12,
     )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_round_trip_through_json_text() -> None:
         (lambda d: d.update(step=True), "field 'step': int was expected, not True"),
         (lambda d: d.update(rng=[1]), "field 'rng': .* is not"),
         (lambda d: d.update(layout={"tp": 1.5}), "field 'layout': tp: int was expected, not 1.5"),
-        (lambda d: d.update(stage_fingerprints=[1]), "field 'stage_fingerprints': str was expected"),
+        (lambda d: d.update(stages=[1]), "field 'stages': an object was expected"),
         (lambda d: d.update(dataloader_state=3), "field 'dataloader_state': an object was expected"),
         (lambda d: d.update(version=2), r"version 2 of megastage .* reads version 1"),
         (lambda d: d.pop("version"), r"version None"),
@@ -56,15 +56,3 @@ def test_all_problems_come_at_once() -> None:
     data["extra"] = 0
     with pytest.raises(ValueError, match=r"unknown field 'extra'; missing field 'seed'"):
         TrainState.from_json(data)
-
-
-def test_differences_name_path_and_both_values() -> None:
-    saved = {"a": {"b": [1, 2], "c": 1}, "same": 0, "gone": None}
-    now = {"a": {"b": [1, 3], "c": 1.0}, "same": 0, "new": [1]}
-    assert differences(saved, now) == [
-        "a.b[1]: saved 2, now 3",
-        "a.c: saved 1, now 1.0",
-        "gone: saved None, now nothing",
-        "new: saved nothing, now [1]",
-    ]
-    assert differences(saved, saved) == []

@@ -16,6 +16,7 @@ from megastage.config.fields import all_keys
 from megastage.config.frozen import frozen_facts, frozen_problems
 from megastage.config.layout import resolve_layout
 from megastage.config.load import ConfigError, load_config
+from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
 from megastage.stages import lookup, plan_text, resolve_stages
 
@@ -109,8 +110,8 @@ def test_stages_cover_every_step_once_or_are_refused(steps: int, places: list[tu
 
 
 def test_frozen_facts_name_key_and_both_values() -> None:
-    saved = frozen_facts(load_config(["--model.vocab_size", "512"]), seed=1)
-    now = frozen_facts(load_config(["--model.vocab_size", "1024"]), seed=2)
+    saved = frozen_facts(model_config(load_config(["--model.vocab_size", "512"])), seed=1)
+    now = frozen_facts(model_config(load_config(["--model.vocab_size", "1024"])), seed=2)
     assert frozen_problems(saved, saved) == []
     vocabulary, seed = frozen_problems(saved, now)
     assert vocabulary.startswith("model.vocab_size was 512 and is 1024: ")

@@ -111,6 +111,11 @@ def test_flavor_and_overrides() -> None:
     assert (model.vocab_size, model.tied_embeddings, model.rope.theta) == (8192, True, 1e4)
 
 
+def test_a_model_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match=r'model\.flavor = "9B" is not known for llama3'):
+        model_config(Config.model_validate({"model": {"flavor": "9B"}}))
+
+
 def test_check_reports_layout_and_stage_problems_together() -> None:
     cfg = Config.model_validate(
         {"parallelism": {"tensor_parallel_degree": 3}, "training": {"dataset_type": "nanoset", "seq_len": 2048}}

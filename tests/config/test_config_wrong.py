@@ -330,6 +330,31 @@ WRONG: list[tuple[str, int, list[str]]] = [
         1,
         ["training.dataloader.prefetch_factor = 2: needs workers; set num_workers"],
     ),
+    (
+        '[activation_checkpoint]\ndeterminism_check = "full"',
+        1,
+        ['determinism_check = "full": must be "default" or "none"'],
+    ),
+    ('[validation]\ndataset_path = "/a"\ndataset_folders = ["/b"]', 1, ["validation.dataset_folders: both set"]),
+    (
+        "[parallelism]\npipeline_parallel_degree = 2\nmodule_fqns_per_model_part = []\n"
+        'pipeline_parallel_split_points = ["layers.3"]',
+        2,
+        ["parallelism.module_fqns_per_model_part: both set; keep one of them"],
+    ),
+    (
+        stages(stage("a", 0, 'recompute_mode = "memory_budget"')),
+        1,
+        ['training.data_stages[0].recompute_mode = "memory_budget"', "not built"],
+    ),
+    (stages(stage("a\\u0007", 0)), 1, ["holds characters that can't be printed on one line"]),
+    (
+        stages(stage("a", 0, "context_parallel_degree = 3")),
+        4,
+        ["context_parallel_degree = 3: does not divide the 4 ranks"],
+    ),
+    ('[training]\ndataset_path = ""', 1, ['training.dataset_path = "": is empty; leave it out']),
+    ("compile = 3\n[training]\ncompile = true", 1, ["compile = 3: must be a table"]),
     ("[validation]\nsteps = 0", 1, ["validation.steps = 0: nothing would be validated"]),
 ]
 

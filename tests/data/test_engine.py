@@ -1,13 +1,12 @@
-"""The engine's promises: one global order, on any layout and number of workers, before and after a resume."""
+"""The engine's promises: one global order, whatever the number of ranks and workers."""
 
-import json
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from source_files import FakeStage, documents, write_megatron, write_nanoset, write_saved_dataset
+from engine_runs import make_sources, run_stages, same, stages_of
+from source_files import FakeStage, write_nanoset
 
 from megastage.data.engine import DataEngine
 from megastage.data.index import DataError
@@ -17,54 +16,12 @@ from megastage.data.sources.base import SourceError, SourceOptions
 
 @pytest.fixture
 def data(tmp_path):
-    """Three sources of different kinds with distinct tokens: thousands 1, 2 and 3 tell them apart."""
-
-    def numbered(seed, base, count):
-        return [[base + t for t in doc] for doc in documents(seed, count, low=2, high=60, vocab=900)]
-
-    write_nanoset(tmp_path / "a", "x", numbered(1, 1000, 150))
-    write_nanoset(tmp_path / "a", "y", numbered(2, 1000, 150))
-    write_megatron(tmp_path / "b", numbered(3, 2000, 200))
-    write_saved_dataset(tmp_path / "c", {"input_ids": numbered(4, 3000, 250)})
-    return tmp_path
-
-
-def stages_of(data, **changes):
-    """Two mixtures of nanosets at two lengths, a packed stage, and a return to the first mixture."""
-    both = (str(data / "a"), str(data / "a2"))
-    write_nanoset(data / "a2", "z", [[2000 + t for t in doc] for doc in documents(9, 200, low=2, vocab=900)])
-    one = FakeStage(0, "one", 0, 6, dataset_folders=both, dataset_weights=(0.7, 0.3))
-    two = FakeStage(1, "two", 6, 10, dataset_folders=both, dataset_weights=(0.4, 0.6), seq_len=64)
-    three = FakeStage(2, "three", 10, 14, dataset_type="preprocessed", dataset_path=str(data / "c"), seq_len=24)
-    four = replace(one, index=3, name="four", start_step=14, end_step=20)
-    return [replace(stage, **changes) for stage in (one, two, three, four)]
-
-
-def run(stages, *, ranks=1, rank=0, state=None, workers=0, steps=None):
-    """(batches, digests, state after each step) of a run through the stages, from `state` on."""
-    engine = DataEngine.build(stages, state=state, num_workers=workers)
-    done = sum(record["samples"] // 8 for record in state["stages"]) if state else 0
-    batches, digests, states = [], [], []
-    entered = None
-    for step in range(done, steps if steps is not None else stages[-1].end_step):
-        stage = next(s for s in stages if s.start_step <= step < s.end_step)
-        if stage.index != entered:
-            engine.enter(stage.index, data_rank=rank, data_ranks=ranks)
-            entered = stage.index
-        batches.append(engine.next())
-        digests.append(engine.sample_digest())
-        states.append(json.loads(json.dumps(engine.state())))
-    engine.close()
-    return batches, digests, states
-
-
-def same(one, other):
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+    return make_sources(tmp_path)
 
 
 def test_batches_come_from_the_right_sources_in_the_right_shares(data):
     stages = stages_of(data)
-    batches, _, _ = run(stages)
+    batches, _, _ = run_stages(stages)
     for step, batch in enumerate(batches[:6]):
         assert batch.ids_B.tolist() == list(range(8 * step, 8 * step + 8))
         thousands = (batch.tokens_BT // 1000).unique(dim=1)
@@ -80,8 +37,8 @@ def test_batches_come_from_the_right_sources_in_the_right_shares(data):
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_slices_of_any_number_of_ranks_join_to_the_same_batches(data, ranks):
     stages = stages_of(data)
-    whole, digests, states = run(stages)
-    parts = [run(stages, ranks=ranks, rank=rank) for rank in range(ranks)]
+    whole, digests, states = run_stages(stages)
+    parts = [run_stages(stages, ranks=ranks, rank=rank) for rank in range(ranks)]
     for step, batch in enumerate(whole):
         for name in ("tokens_BT", "labels_BT", "positions_BT", "source_B", "ids_B"):
             joined = torch.cat([getattr(part[0][step], name) for part in parts])
@@ -93,22 +50,10 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_batches(data, ranks):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(data, workers):
     stages = stages_of(data)
-    plain, digests, states = run(stages)
-    threaded = run(stages, workers=workers)
+    plain, digests, states = run_stages(stages)
+    threaded = run_stages(stages, workers=workers)
     assert all(same(a, b) for a, b in zip(plain, threaded[0], strict=True))
     assert threaded[1:] == (digests, states)
-
-
-@pytest.mark.parametrize("at", [1, 3, 6, 7, 10, 12, 14, 15])
-def test_resume_anywhere_equals_going_on(data, at):
-    stages = stages_of(data)
-    whole, digests, states = run(stages)
-    first = run(stages, steps=at, workers=2, ranks=2)[2][-1]
-    assert first == states[at - 1]
-    later, later_digests, later_states = run(stages, state=first, workers=1)
-    assert later_digests == digests[at:]
-    assert later_states == states[at:]
-    assert all(same(a, b) for a, b in zip(whole[at:], later, strict=True))
 
 
 def test_no_token_is_read_twice_before_an_epoch_ends(data):
@@ -125,7 +70,7 @@ def test_no_token_is_read_twice_before_an_epoch_ends(data):
         FakeStage(i, f"s{i}", 5 * i, 5 * i + 5, dataset_folders=folders, dataset_weights=weights, seq_len=length)
         for i, (length, weights) in enumerate(shape)
     ]
-    batches, _, _ = run(stages)
+    batches, _, _ = run_stages(stages)
     seen = torch.cat([batch.tokens_BT.flatten() for batch in batches])
     assert len(seen.unique()) == len(seen)
     labels = torch.cat([batch.labels_BT[:, :-1].flatten() for batch in batches])
@@ -138,9 +83,9 @@ def test_a_new_seed_starts_afresh_and_an_old_one_goes_on(data):
     base = FakeStage(0, "one", 0, 3, dataset_folders=folder)
     stages = [base, replace(base, index=1, name="two", start_step=3, end_step=6, dataset_random_seed=5)]
     stages.append(replace(base, index=2, name="three", start_step=6, end_step=9))
-    batches, _, states = run(stages)
-    alone, _, _ = run([replace(base, end_step=6)])
-    fresh, _, _ = run([replace(stages[1], index=0, start_step=0, end_step=3)])
+    batches, _, states = run_stages(stages)
+    alone, _, _ = run_stages([replace(base, end_step=6)])
+    fresh, _, _ = run_stages([replace(stages[1], index=0, start_step=0, end_step=3)])
     assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(batches[:3] + batches[6:], alone, strict=True))
     assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(batches[3:6], fresh, strict=True))
     assert len(states[-1]["orders"]) == 2
@@ -149,9 +94,9 @@ def test_a_new_seed_starts_afresh_and_an_old_one_goes_on(data):
 def test_a_boundary_that_changes_only_the_mixture_is_seamless_for_each_source(data):
     """Packed rows too: the rows of a source are those of one stage that reads on."""
     base = FakeStage(0, "one", 0, 4, dataset_type="preprocessed", dataset_path=str(data / "c"), seq_len=24)
-    whole, _, _ = run([replace(base, end_step=8)])
+    whole, _, _ = run_stages([replace(base, end_step=8)])
     cut = [base, replace(base, index=1, name="two", start_step=4, end_step=8)]
-    assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(whole, run(cut)[0], strict=True))
+    assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(whole, run_stages(cut)[0], strict=True))
 
 
 def test_state_does_not_see_what_was_read_ahead(data):
@@ -165,63 +110,6 @@ def test_state_does_not_see_what_was_read_ahead(data):
     assert engine.wait_s >= 0
     engine.close()
     engine.close()
-
-
-def test_batch_size_may_change_within_a_stage(data):
-    stages = stages_of(data)
-    engine = DataEngine.build(stages)
-    engine.enter(0, data_rank=0, data_ranks=1)
-    first = engine.next()
-    other = DataEngine.build(stages, state=engine.state())
-    other.enter(0, data_rank=0, data_ranks=1, global_batch_size=5)
-    second = other.next()
-    assert second.ids_B.tolist() == [8, 9, 10, 11, 12]
-    assert torch.equal(second.tokens_BT, engine.next().tokens_BT[:5])
-    assert first.ids_B.tolist() == list(range(8))
-
-
-def test_future_stages_may_be_edited(data):
-    stages = stages_of(data)
-    _, _, states = run(stages, steps=8)
-    edited = [*stages[:3], replace(stages[3], dataset_weights=(0.1, 0.9), seq_len=48, name="other")]
-    later = run(edited, state=states[7], steps=14)[1]
-    assert later == run(stages, state=states[7], steps=14)[1]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"seq_len": 32}, "stage 1 'one': seq_len was 16 in the checkpoint and is 32 now"),
-        ({"dataset_random_seed": 6}, "stage 1 'one': dataset_random_seed was 1234 in the checkpoint and is 6 now"),
-        ({"name": "uno"}, "stage 1 'one': name was 'one' in the checkpoint and is 'uno' now"),
-        ({"document_mask": False}, "stage 1 'one': document_mask was True in the checkpoint and is False now"),
-        (
-            {"dataset_weights": (0.5, 0.5)},
-            "dataset_weights (as integers) was [7, 3] in the checkpoint and is [1, 1] now",
-        ),
-        ({"never_runs": True}, "stage 1 'one': has been read from, but is no longer among the stages that run"),
-    ],
-)
-def test_the_past_is_frozen(data, change, words):
-    stages = stages_of(data)
-    state = run(stages, steps=7)[2][-1]
-    with pytest.raises(ValueError) as error:
-        DataEngine.build([replace(stages[0], **change), *stages[1:]], state=state)
-    assert words in str(error.value)
-
-
-def test_changed_content_is_found_on_resume_and_a_copy_is_not(data):
-    stages = stages_of(data)
-    state = run(stages, steps=3)[2][-1]
-    write_nanoset(data / "copy", "renamed", [[2000 + t for t in doc] for doc in documents(9, 200, low=2, vocab=900)])
-    moved = [
-        replace(s, dataset_folders=(s.dataset_folders[0], str(data / "copy"))) if s.dataset_folders else s
-        for s in stages
-    ]
-    assert run(moved, state=state)[1] == run(stages, state=state)[1]
-    write_nanoset(data / "copy", "renamed", [[2001 + t for t in doc] for doc in documents(9, 200, low=2, vocab=900)])
-    with pytest.raises(ValueError, match=r"source 2 \(.*copy\) had the content [0-9a-f]{64} in the checkpoint"):
-        DataEngine.build(moved, state=state)
 
 
 def test_all_problems_of_all_stages_come_at_once(data):
@@ -255,7 +143,7 @@ def test_all_problems_of_all_stages_come_at_once(data):
 
 def test_a_length_that_cannot_go_on_is_an_error_at_the_start(data):
     short = FakeStage(0, "one", 0, 4, dataset_path=str(data / "a"))
-    state = run([short], steps=2)[2][-1]
+    state = run_stages([short], steps=2)[2][-1]
     long = replace(short, index=1, name="long", start_step=4, end_step=6, seq_len=4096)
     with pytest.raises(DataError, match=r"stage 2 'long': .* seq_len 4096 does not fit .*new dataset_random_seed"):
         DataEngine.build([short, long], state=state)
@@ -288,13 +176,6 @@ def test_stages_go_forward_only(data):
         engine.enter(1, data_rank=0, data_ranks=9)
 
 
-def test_damaged_states_are_refused(data):
-    stages = stages_of(data)
-    for state, words in (({}, "version None"), ({"version": 1, "stages": [{}], "orders": {}}, "not readable")):
-        with pytest.raises(ValueError, match=words):
-            DataEngine.build(stages, state=state)
-
-
 def test_plan_lines_say_what_is_read(data):
     stages = stages_of(data)
     engine = DataEngine.build(stages)
@@ -321,39 +202,6 @@ def test_sources_of_two_tokenizers_are_refused(data):
     DataEngine.build([one])
     with pytest.raises(DataError, match=r"q: made with another tokenizer \(sha256 cdcd.* than .*p \(abab"):
         DataEngine.build([one, two])
-
-
-def test_resume_takes_no_longer_after_a_billion_samples(data):
-    """Weights of a full-size table, six stages, 64 sources: entering is closed forms and look-ups."""
-    folders = []
-    for number in range(64):
-        folder = data / f"s{number}"
-        folder.mkdir()
-        (np.arange(40_000) % 5_000 + number).astype(np.uint16).tofile(folder / "x.ds")
-        (folder / "x.ds.metadata").write_text("t|2\n40000\n")
-        folders.append(str(folder))
-    weights = tuple(1 / (i + 1.01) for i in range(64))
-    lengths = [512, 1024, 512, 2048, 4096, 512]
-    stages = [
-        FakeStage(i, f"s{i}", 10**6 * i, 10**6 * (i + 1), dataset_folders=tuple(folders), dataset_weights=weights,
-                  seq_len=length, global_batch_size=1000)
-        for i, length in enumerate(lengths)
-    ]  # fmt: skip
-    engine = DataEngine.build(stages)
-    for stage in stages:
-        engine.enter(stage.index, data_rank=0, data_ranks=1)
-        engine._records[-1].samples = 10**9
-    state = engine.state()
-    assert len(json.dumps(state)) < 200_000
-    resumed = DataEngine.build(stages, state=state)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        resumed.enter(5, data_rank=0, data_ranks=125)
-        batch = resumed.next()
-        seconds.append(time.perf_counter() - started)
-    assert batch.ids_B[0] == 10**9 + 2000  # the third batch
-    assert min(seconds) < 0.5  # a few tens of milliseconds on a quiet machine
 
 
 def test_the_default_configuration_reads_its_data(data):

@@ -330,3 +330,17 @@ def test_hugging_face_writes_what_we_read(tmp_path):
     assert len(json.loads((tmp_path / "saved" / "state.json").read_bytes())["_data_files"]) == 3
     source = open_source("preprocessed", tmp_path / "saved")
     assert source.read(0, source.n_tokens).tolist() == flat(docs)
+
+
+@pytest.mark.parametrize("kind", ["nanoset", "megatron"])
+def test_the_tools_write_what_the_trainer_reads(tmp_path, kind):
+    from megastage.preprocess.megatron import MegatronWriter
+    from megastage.preprocess.nanoset import NanosetWriter
+
+    docs = documents(12, 30)
+    writer = {"nanoset": NanosetWriter, "megatron": MegatronWriter}[kind](tmp_path / "out", "uint16")
+    writer.extend(np.array(flat(docs)), np.array([len(doc) for doc in docs]))
+    writer.finish()
+    source = open_source(kind, tmp_path / "out")
+    assert source.read(0, source.n_tokens).tolist() == flat(docs)
+    assert source.doc_ends.tolist() == ends(docs).tolist()

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from megastage.data.tokenizer import load_tokenizer
 from megastage.preprocess.__main__ import main
+from megastage.preprocess.encode import stretches
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["the", "cat", "sat", "Zürich", "東京", "😀", "counted", "1234", "sheep;", "f(x):\n", "", "", "x**2\r\n"]
@@ -159,6 +161,18 @@ def test_long_documents_keep_the_tokens_of_the_whole(
     assert read_packed(tokenize(tmp_path / "long.txt", output="txt")) == expected(bpe, [long])
 
 
+@pytest.mark.parametrize("join", ["\n", " ", "\n    "])
+def test_long_text_is_cut_into_bounded_stretches(bpe: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
+    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 2000)
+    text = join.join(["some words, a line; 12 numbers", "x = [1, 2]", "Zürich liegt am See"] * 1000)
+    chunks = [text[i : i + 700] for i in range(0, len(text), 700)]
+    parts = list(stretches(iter(chunks), load_tokenizer(bpe)))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 4000 + 700
+    library = tokenizers.Tokenizer.from_file(str(bpe))
+    assert [i for part in parts for i in library.encode(part).ids] == library.encode(text).ids
+
+
 def big_input(tmp_path: Path, count: int = 3000) -> list[str]:
     """Several pieces: a line file with a huge line in it, and small files."""
     rows = texts(count, seed=6, words=150)
@@ -269,6 +283,23 @@ def test_finished_pieces_are_reused_only_for_the_same_work(
     assert f"{done} of" in capsys.readouterr().out
     assert read_packed(tmp_path / "out") == expected(bpe, [*rows, "fine", "also fine"])
     assert source.exists()
+
+
+def test_a_worker_that_is_killed_is_a_clear_error(tmp_path: Path, bpe: Path) -> None:
+    big_input(tmp_path)
+    command = [sys.executable, "-m", "megastage.preprocess", str(tmp_path / "in"), "--tokenizer", str(bpe)]
+    command += ["--workers", "2", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / ".out.work").glob("*.tmp*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker = int(next((tmp_path / ".out.work").glob("*.tmp*")).suffix.removeprefix(".tmp"))
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("error: a worker process died")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("awaited", ["lock", "*.tmp*"], ids=["while workers start", "while they work"])

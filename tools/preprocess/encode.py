@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +16,10 @@ from .shards import MAX_EXAMPLES, Settings, ShardFacts, ShardWriter
 BATCH_CHARACTERS = 1 << 20
 LONG_CHARACTERS = 1 << 20
 _WINDOW = 512
+_SEARCH_CHARACTERS = 1 << 14
+_TRIES = 32
+# Before a space between two letters, or after a line break between two visible characters.
+_SEAMS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\S)\n(?=\S)")
 
 
 def encode_piece(piece: Piece, settings: Settings, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardFacts:
@@ -93,9 +98,9 @@ class _Encoder:
 def stretches(chunks: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
     """Cut long text where the tokens stay those of the whole, so that memory stays bounded.
 
-    Only tokenizers that cut text into words first are helped, and only at a line break between two visible
-    characters where encoding the surroundings in two parts was seen to give the tokens of the whole. Without such a
-    place the text stays in one piece.
+    Only tokenizers that cut text into words first are helped, and only between two words or lines where encoding the
+    surroundings in two parts was seen to give the tokens of the whole. Without such a place the text stays in one
+    piece.
     """
     held, start = "", 0
     for chunk in chunks:
@@ -113,16 +118,16 @@ def stretches(chunks: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
 
 def _safe_cut(text: str, start: int, tokenizer: Tokenizer) -> int | None:
     """A place to cut, looked for backwards from LONG_CHARACTERS after `start` over the last half of that."""
-    position = start + LONG_CHARACTERS
-    for _ in range(64):
-        position = text.rfind("\n", start + LONG_CHARACTERS // 2, position)
-        if position < 0:
-            return None
-        cut = position + 1
-        if text[position - 1].isspace() or text[cut].isspace():
-            continue
-        left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-        whole, *parts = tokenizer.encode_batch([left + right, left, right])
-        if np.array_equal(whole, np.concatenate(parts)):
-            return cut
+    tries = 0
+    end, least = start + LONG_CHARACTERS, start + LONG_CHARACTERS // 2
+    while end > least and tries < _TRIES:
+        begin = max(least, end - _SEARCH_CHARACTERS)
+        for match in reversed(list(_SEAMS.finditer(text, begin, end))[-_TRIES:]):
+            cut = match.start() if match[0] == " " else match.end()
+            left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
+            whole, *parts = tokenizer.encode_batch([left + right, left, right])
+            if np.array_equal(whole, np.concatenate(parts)):
+                return cut
+            tries += 1
+        end = begin
     return None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import multiprocessing
 import os
 import signal
-import threading
-import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from typing import Any
 
 from megastage.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,14 +21,10 @@ from .shards import Settings, ShardFacts
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
-
-
-class _Worker:
-    """What a worker process keeps between pieces."""
-
-    settings: Settings
-    tokenizer: Tokenizer
-    counter: Any
+_GONE = (
+    "a worker process died, most likely for want of memory; run the same command again with fewer --workers: finished "
+    "pieces are kept"
+)
 
 
 def run_pieces(
@@ -40,43 +34,73 @@ def run_pieces(
 
     Raises the first error that a worker meets; finished shards stay for the next run.
     """
-    if workers == 1 or len(pieces) == 1:
+    if workers == 1 or len(pieces) <= 1:
         return _run_here(pieces, settings, on_bytes)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        min(workers, len(pieces)),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(settings, counter, os.getpid()),
-    )
+    team: list[_Worker] = []
     try:
-        return _collect(pool, pieces, workers, lambda: on_bytes(counter.value))
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process died, most likely for want of memory; run the same command again with fewer --workers: "
-            "finished pieces are kept"
-        ) from None
+        for _ in range(min(workers, len(pieces))):
+            with _interrupts_blocked():
+                team.append(_Worker(context, settings, counter))
+        return _deal(pieces, team, lambda: on_bytes(counter.value))
     finally:
-        _stop(pool)
+        for worker in team:
+            worker.stop()
 
 
-def _collect(
-    pool: ProcessPoolExecutor, pieces: Sequence[Piece], workers: int, poll: Callable[[], None]
-) -> dict[int, ShardFacts]:
+class _Worker:
+    """A worker process and the pipe to it; each has its own, so the end of either process closes it."""
+
+    def __init__(self, context: SpawnContext, settings: Settings, counter: Any) -> None:
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, settings, counter), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, piece: Piece) -> None:
+        """Give the worker a piece. Raises InputError when the process is gone."""
+        try:
+            self.pipe.send(piece)
+        except ConnectionError:
+            raise InputError(_GONE) from None
+
+    def receive(self) -> ShardFacts:
+        """The answer to the piece sent last. Raises what the worker raised, InputError when the process is gone."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            raise InputError(_GONE) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """End the process at once: after an error nothing of what it still does is wanted."""
+        self._process.terminate()
+        self._process.join()
+        self.pipe.close()
+
+
+def _deal(pieces: Sequence[Piece], team: Sequence[_Worker], poll: Callable[[], None]) -> dict[int, ShardFacts]:
+    """Give each worker a piece, and another whenever it has finished one."""
     results: dict[int, ShardFacts] = {}
     waiting = iter(pieces)
-    running: dict[Future[ShardFacts], int] = {}
-    while True:
-        for piece in itertools.islice(waiting, 2 * workers - len(running)):
-            with _interrupts_blocked():
-                running[pool.submit(_work, piece)] = piece.index
-        if not running:
-            return results
-        done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-        for future in sorted(done, key=running.__getitem__):
-            results[running.pop(future)] = future.result()
+    busy: dict[Connection, tuple[_Worker, int]] = {}
+    for worker, piece in zip(team, waiting, strict=False):
+        worker.send(piece)
+        busy[worker.pipe] = (worker, piece.index)
+    while busy:
+        for pipe in wait(list(busy), timeout=_POLL_S):
+            assert isinstance(pipe, Connection)
+            worker, index = busy.pop(pipe)
+            results[index] = worker.receive()
+            following = next(waiting, None)
+            if following is not None:
+                worker.send(following)
+                busy[pipe] = (worker, following.index)
         poll()
+    return results
 
 
 @contextlib.contextmanager
@@ -90,16 +114,6 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once: after an error nothing of what they still do is wanted."""
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join()
 
 
 def _run_here(pieces: Sequence[Piece], settings: Settings, on_bytes: Callable[[int], None]) -> dict[int, ShardFacts]:
@@ -129,29 +143,26 @@ def _load(settings: Settings) -> Tokenizer:
     return tokenizer
 
 
-def _start_worker(settings: Settings, counter: Any, parent: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
-    _die_with(parent)
-    _Worker.settings, _Worker.counter = settings, counter
-    _Worker.tokenizer = _load(settings)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, even by SIGKILL: at once on Linux, else within a second."""
+def _serve(pipe: Connection, settings: Settings, counter: Any) -> None:
+    """A worker's life: pieces come in, shard facts or the error go out, until the pipe is closed."""
     with contextlib.suppress(OSError, AttributeError):
+        # On Linux a worker ends with its parent even in the middle of a piece; elsewhere after it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(piece: Piece) -> ShardFacts:
     def count(more: int) -> None:
-        with _Worker.counter.get_lock():
-            _Worker.counter.value += more
+        with counter.get_lock():
+            counter.value += more
 
-    return encode_piece(piece, _Worker.settings, _Worker.tokenizer, count)
+    with contextlib.suppress(EOFError, ConnectionError):
+        tokenizer: Tokenizer | None = None
+        while True:
+            piece = pipe.recv()
+            try:
+                tokenizer = tokenizer or _load(settings)
+                answer: Any = encode_piece(piece, settings, tokenizer, count)
+            except (ValueError, OSError) as error:
+                answer = error
+            except Exception:
+                answer = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
+            pipe.send(answer)

@@ -1,0 +1,36 @@
+"""What a run prints and records."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megastage import logs
+from megastage.metrics import JsonLines
+
+RECORD = {
+    "step": 7, "stage": "general", "loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 12345.6, "mfu": 0.412,
+    "memory_gib": 1.5, "data_wait_s": 0.002,
+}  # fmt: skip
+
+
+def test_a_step_line_holds_every_figure():
+    line = logs.step_line(RECORD, 1000)
+    for part in ("step    7/1000", "stage general", "loss 3.2500", "grad_norm 0.5000", "lr 1.000e-03"):
+        assert part in line
+    for part in ("tokens/s 12,346", "mfu 41.2%", "memory 1.50GiB", "data_wait 2.0ms"):
+        assert part in line
+    assert "mfu n/a" in logs.step_line({**RECORD, "mfu": None}, 1000)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', "\x00\x00"], ids=["clean", "cut", "zeros"])
+def test_records_of_updates_done_again_are_dropped(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + tail)
+    lines = JsonLines(path, 3)
+    lines.write({"step": 4, "again": True})
+    lines.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True},
+    ]  # fmt: skip
