@@ -47,7 +47,7 @@ def adamw_(
     for number, (dtypes, rows) in enumerate(groups.items()):
         lists = [list(column) for column in zip(*rows)]
         device, odd = rows[0][0].device, [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
-        update = adamw_op if use_triton(backend, device, "adamw", (odd or dtypes)[0]) else adamw_reference_
+        update = adamw_op if use_triton(backend, device, "optimizer", (odd or dtypes)[0]) else adamw_reference_
         scalars = step_scalars(step, lr, betas, eps, weight_decay)
         update(*lists, grad_scale, scalars, stochastic_rounding, (seed + 7919 * number) % 2**31)
 
