@@ -29,6 +29,7 @@ from gpu_cases import TOY, Case, Sizes, case_makers
 
 from megastage.kernels.dispatch import architecture, triton_version
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECK_LENGTHS = (1024, 1536)
 CACHE_BYTES = 256 * 2**20
 LEAST_S = 0.1  # time each way is given, compilation aside
@@ -54,23 +55,42 @@ def results(case: Case, way: str, dtype: torch.dtype | None = None) -> list[Tens
     return found
 
 
-def check(case: Case) -> list[str]:
-    """What is wrong with our results; empty if nothing is."""
+def errors(case: Case) -> list[dict[str, Any]]:
+    """Per way of ours and result: our largest error, PyTorch's, and the largest that passes."""
     if not case.exact:
         return []
     narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in case.inputs)
     exact = results(case, case.exact, torch.float32 if narrow else torch.float64)
     theirs = results(case, case.exact)
-    problems = []
+    rows = []
     for way in (name for name in case.ways if name.startswith("ours")):
         for i, (our, their, true) in enumerate(zip(results(case, way), theirs, exact)):
-            error, allowed = ((x.double() - true).abs().max().item() for x in (our, their))
+            error, their_error = ((x.double() - true).abs().max().item() for x in (our, their))
             # fp32 is for the dry run, against fp64: a few ulp either way, and PyTorch's maximum is a matter of luck
             slack = 2 if narrow else 4
-            bound = max(slack * allowed, slack * torch.finfo(our.dtype).eps * true.abs().max().item())
-            if not error <= bound:
-                problems.append(f"{case.op} ({way}), {case.length} tokens, result {i}: error {error:.3g} > {bound:.3g}")
-    return problems
+            bound = slack * max(their_error, torch.finfo(our.dtype).eps * true.abs().max().item())
+            row = {"op": case.op, "way": way, "length": case.length, "result": i, "error": error}
+            rows.append({**row, "torch_error": their_error, "bound": bound})
+    return rows
+
+
+def check(case: Case) -> list[str]:
+    """What is wrong with our results; empty if nothing is."""
+    return [
+        f"{row['op']} ({row['way']}), {row['length']} tokens, result {row['result']}: error {row['error']:.3g} > "
+        f"{row['bound']:.3g}"
+        for row in errors(case)
+        if not row["error"] <= row["bound"]  # NaN fails
+    ]
+
+
+def error_table(checked: Sequence[Case]) -> str:
+    """Markdown: outputs first, then gradients in the order of the inputs."""
+    lines = ["| op | way | tokens | result | our error | PyTorch's error | passes up to |", "|---|" + "---|" * 6]
+    for row in (row for case in checked for row in errors(case)):
+        figures = " | ".join(f"{row[key]:.2e}" for key in ("error", "torch_error", "bound"))
+        lines.append(f"| {row['op']} | {row['way']} | {row['length']} | {row['result']} | {figures} |")
+    return "\n".join(lines)
 
 
 def cases(lengths: Sequence[int], sizes: Sizes, device: torch.device, dtype: torch.dtype, back: str) -> Iterator[Case]:
@@ -188,7 +208,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="toy shapes; on the CPU with TRITON_INTERPRET=1")
-    parser.add_argument("--check-only", action="store_true", help="stop after correctness")
+    parser.add_argument("--check-only", action="store_true", help="print the errors and stop after correctness")
+    parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on a GPU, fp32 in the dry run")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 18)], help="tokens")
     parser.add_argument("--ops", default="", help="only ops whose name contains this")
     parser.add_argument("--out", default="outputs/benchmarks", help="folder for gpu.json and gpu.png")
@@ -208,13 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    sizes, dtype = TOY if options.dry_run else Sizes(), torch.bfloat16 if on_gpu else torch.float32
+    sizes, dtype = TOY if options.dry_run else Sizes(), DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
     shapes = (sizes, device, dtype, "triton")
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu (interpreter: times mean nothing)"
     print(f"{name}, {architecture(device)}, torch {torch.__version__}, triton {triton_version()}, {dtype}")
     checked = [c for c in cases((33,) if options.dry_run else CHECK_LENGTHS, *shapes) if options.ops in c.op]
     problems = [problem for case in checked for problem in check(case)]
     print(f"correctness: {len(checked)} cases, {len(problems)} problems", *problems, sep="\n  ")
+    if options.check_only:
+        print(error_table(checked))
     if problems or options.check_only:
         return 1 if problems else 0
     del checked
