@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from ranks import free_port, run_ranks
 from training import TINY, VOCAB, write_nanoset
 
 from megastage import failure, runtime
 from megastage.model.flavors import get_flavor
+from ranks import free_port, run_ranks
 
 GLOO = "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:19665."
 
@@ -94,7 +94,7 @@ def _rank(argv: list[str], port: int, log: Path) -> int:
     # as under torchrun, the store is not a rank's own
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.chdir(log.parent / os.environ["RANK"] if (log.parent / os.environ["RANK"]).exists() else log.parent)
-    sys.stdout = sys.stderr = log.open("a", buffering=1)  # noqa: SIM115
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
     return pretrain.main(argv)
 
 
