@@ -1,0 +1,246 @@
+"""Backward attention kernels (FlashAttention-2, Dao 2023), split by output so that no sum needs atomics.
+
+One kernel owns tiles of queries and writes dq; the other owns tiles of keys, loops over all query heads of its
+key/value head and writes dk and dv. Each element is summed by one program in one order: the result is deterministic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megastage.kernels._attention_common import (
+    LOG2E,
+    block_plan,
+    cut_block,
+    keys_of_query,
+    load_rows,
+    queries_of_key,
+    store_rows,
+    tanh,
+)
+
+
+@triton.jit
+def attention_delta_kernel(
+    OUT, DOUT, LSE, DLSE, LSE2, DELTA,
+    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+    T, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """Per query: LSE2 = lse in units of log2 and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
+
+    Queries without keys get LSE2 = +inf, which makes their probabilities 0 in the main kernels.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    start = (tl.program_id(0) % tiles) * BLOCK_M
+    bh = tl.program_id(0) // tiles
+    h = (bh % H).to(tl.int64)
+    b = (bh // H).to(tl.int64)
+    t = start + tl.arange(0, BLOCK_M)
+    out = load_rows(OUT + b * stride_ob + h * stride_oh, start, stride_ot, 0, T, BLOCK_M, D, BLOCK_D, True)
+    dout = load_rows(DOUT + b * stride_db + h * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    row = bh.to(tl.int64) * T + t
+    lse = tl.load(LSE + row, mask=t < T, other=float("-inf"))
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(DLSE + row, mask=t < T, other=0.0)
+    empty = lse == float("-inf")
+    tl.store(LSE2 + row, tl.where(empty, float("inf"), lse * LOG2E), mask=t < T)
+    tl.store(DELTA + row, tl.where(empty, 0.0, delta), mask=t < T)
+
+
+@triton.jit
+def _probability(scores, lse2, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """(p, t): probabilities from raw products, and the capped score as a share of the cap (used by its derivative)."""
+    if SOFTCAP:
+        t = tanh(scores * (scale / softcap), EXACT)
+        return tl.math.exp2(t * (softcap * LOG2E) - lse2), t
+    return tl.math.exp2(scores * (scale * LOG2E) - lse2), scores
+
+
+@triton.jit
+def _dq_step(
+    q, dout, k, v, dq, lse2, delta, s, low, high, scale, softcap,
+    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    p, t = _probability(scores, lse2[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    ds = p * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * (1.0 - t * t)
+    if MASKED:
+        seen = s[None, :] < high[:, None]
+        if HAS_LOW:
+            seen = seen & (s[None, :] >= low[:, None])
+        ds = tl.where(seen, ds, 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["q_offset", "window"])
+def attention_dq_kernel(
+    Q, K, V, DOUT, K_DESC, V_DESC, LSE2, DELTA, DQ, LOW, HIGH,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_db, stride_dt, stride_dh,
+    stride_gb, stride_gt, stride_gh,
+    T, S, H, GROUPS, q_offset, window, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dq of BLOCK_M queries of one head; layouts as in the forward kernel."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    h = bh % H
+    kv_head = h // GROUPS
+    b = (bh // H).to(tl.int64)
+    start = tile * BLOCK_M
+    t = start + tl.arange(0, BLOCK_M)
+    last = tl.minimum(start + BLOCK_M, T) - 1
+    if DOCUMENTS:
+        low = tl.load(LOW + b * T + tl.minimum(t, last))
+        high = tl.load(HIGH + b * T + tl.minimum(t, last))
+        low_first = tl.load(LOW + b * T + start)
+        low_last = tl.load(LOW + b * T + last)
+        high_first = tl.load(HIGH + b * T + start)
+        high_last = tl.load(HIGH + b * T + last)
+    else:
+        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
+        low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
+        low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+
+    h64 = h.to(tl.int64)
+    k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    q = load_rows(Q + b * stride_qb + h64 * stride_qh, start, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    dout = load_rows(DOUT + b * stride_db + h64 * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    row = bh.to(tl.int64) * T + t
+    lse2 = tl.load(LSE2 + row, mask=t < T, other=float("inf"))
+    delta = tl.load(DELTA + row, mask=t < T, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    for s in range(full_start, full_stop, BLOCK_N):
+        if TMA:
+            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
+            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
+        else:
+            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
+            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
+        dq = _dq_step(
+            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
+        )
+    for i in range(cut_total):
+        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        dq = _dq_step(
+            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap,
+            True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    base = DQ + b * stride_gb + h64 * stride_gh
+    store_rows(base, start, stride_gt, T, dq * scale, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def _dkv_step(
+    q, dout, k, v, dk, dv, lse2, delta, t, low, high, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores are computed transposed, [keys, queries], so that they are left operands of both products."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p, tanh_scores = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    if MASKED:
+        seen = (t[None, :] < high[:, None]) & (t[None, :] >= low[:, None])
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    if SOFTCAP:
+        ds = ds * (1.0 - tanh_scores * tanh_scores)
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["q_offset", "window"])
+def attention_dkv_kernel(
+    Q, K, V, DOUT, Q_DESC, DOUT_DESC, LSE2, DELTA, DK, DV, LOW, HIGH,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_db, stride_dt, stride_dh,
+    stride_gb, stride_gs, stride_gh,
+    T, S, H, GROUPS, q_offset, window, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dk and dv of BLOCK_N keys of one key/value head, summed over its GROUPS query heads.
+
+    LOW, HIGH: int32 [B, S], the interval of queries that see each key.
+    """
+    tiles = tl.cdiv(S, BLOCK_N)
+    start = (tl.program_id(0) % tiles) * BLOCK_N
+    bh = tl.program_id(0) // tiles
+    kv_heads = H // GROUPS
+    kv_head = bh % kv_heads
+    b = (bh // kv_heads).to(tl.int64)
+    s = start + tl.arange(0, BLOCK_N)
+    last = tl.minimum(start + BLOCK_N, S) - 1
+    if DOCUMENTS:
+        low = tl.load(LOW + b * S + tl.minimum(s, last))
+        high = tl.load(HIGH + b * S + tl.minimum(s, last))
+        low_first = tl.load(LOW + b * S + start)
+        low_last = tl.load(LOW + b * S + last)
+        high_first = tl.load(HIGH + b * S + start)
+        high_last = tl.load(HIGH + b * S + last)
+    else:
+        low, high = queries_of_key(tl.minimum(s, last), T, q_offset, window, CAUSAL, WINDOWED)
+        low_first, high_first = queries_of_key(start, T, q_offset, window, CAUSAL, WINDOWED)
+        low_last, high_last = queries_of_key(last, T, q_offset, window, CAUSAL, WINDOWED)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_M)
+
+    kv64 = kv_head.to(tl.int64)
+    k = load_rows(K + b * stride_kb + kv64 * stride_kh, start, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, True)
+    v = load_rows(V + b * stride_vb + kv64 * stride_vh, start, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+    for g in range(GROUPS):
+        h = kv_head * GROUPS + g
+        q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
+        d_base = DOUT + b * stride_db + h.to(tl.int64) * stride_dh
+        row = (b * H + h) * T
+        for t in range(full_start, full_stop, BLOCK_M):
+            if TMA:
+                q = Q_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
+                dout = DOUT_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
+            else:
+                q = load_rows(q_base, t, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, False)
+                dout = load_rows(d_base, t, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, False)
+            lse2 = tl.load(LSE2 + row + t + m)
+            delta = tl.load(DELTA + row + t + m)
+            dk, dv = _dkv_step(
+                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, False, SOFTCAP, PRECISION
+            )
+        for i in range(cut_total):
+            t = cut_block(i, full_start, full_stop, cut_left, BLOCK_M)
+            q = load_rows(q_base, t, stride_qt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
+            dout = load_rows(d_base, t, stride_dt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
+            inside = (t + m >= low_first) & (t + m < high_last)
+            lse2 = tl.load(LSE2 + row + t + m, mask=inside, other=float("inf"))
+            delta = tl.load(DELTA + row + t + m, mask=inside, other=0.0)
+            dk, dv = _dkv_step(
+                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, True, SOFTCAP, PRECISION
+            )
+    offset = b * stride_gb + kv64 * stride_gh
+    store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
+    store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)

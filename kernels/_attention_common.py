@@ -1,0 +1,179 @@
+"""Device helpers shared by the attention kernels.
+
+Every mask here (causal, documents, sliding window, row length) lets query t see one interval of keys [low(t), high(t)),
+and lets key s be seen by one interval of queries; both bounds never decrease along the row. A tile of rows therefore
+needs only its first and last interval to know which blocks are empty, which are full and which are cut: full blocks run
+in a loop without any mask, cut ones in a second loop, empty ones in none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Start of the running maximum: finite, so that rows which have seen no key yet never compute inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def keys_of_query(t, S, q_offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Interval of keys that query t sees in a row of one document."""
+    low = t * 0
+    high = low + S
+    position = t + q_offset
+    if CAUSAL:
+        high = tl.minimum(high, position + 1)
+    if WINDOWED:
+        low = tl.maximum(low, position - window + 1)
+        if not CAUSAL:
+            high = tl.minimum(high, position + window)
+    low = tl.minimum(low, S)
+    return low, tl.maximum(high, low)
+
+
+@triton.jit
+def queries_of_key(s, T, q_offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Interval of queries that see key s in a row of one document."""
+    low = s * 0
+    high = low + T
+    t = s - q_offset
+    if CAUSAL:
+        low = tl.maximum(low, t)
+    if WINDOWED:
+        high = tl.minimum(high, t + window)
+        if not CAUSAL:
+            low = tl.maximum(low, t - window + 1)
+    low = tl.minimum(low, T)
+    return low, tl.maximum(high, low)
+
+
+@triton.jit
+def document_intervals_kernel(
+    CU,
+    LOW,
+    HIGH,
+    stride_cu,
+    rows,
+    limit,
+    q_offset,
+    window,
+    ENTRIES,
+    STEPS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FOR_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write, for each query (or key) of a row of packed documents, the interval of keys (or queries) it meets.
+
+    CU: int32 [B, ENTRIES] ascending document bounds; LOW, HIGH: int32 [B, rows]; limit: length of the other side.
+    A binary search finds the document; a row outside all documents gets an empty interval.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position = row if FOR_KEYS else row + q_offset
+    cu = CU + b * stride_cu
+    below = tl.zeros([BLOCK], tl.int32)  # number of bounds known to be <= position
+    above = tl.zeros([BLOCK], tl.int32) + ENTRIES
+    for _ in range(STEPS):
+        middle = (below + above) // 2
+        bound = tl.load(cu + tl.minimum(middle, ENTRIES - 1))
+        search = below < above
+        below = tl.where(search & (bound <= position), middle + 1, below)
+        above = tl.where(search & (bound > position), middle, above)
+    known = (below > 0) & (below < ENTRIES)
+    start = tl.load(cu + tl.maximum(below - 1, 0))
+    end = tl.load(cu + tl.minimum(below, ENTRIES - 1))
+    low = start
+    high = end
+    if FOR_KEYS:
+        if CAUSAL:
+            low = tl.maximum(low, position)
+        if WINDOWED:
+            high = tl.minimum(high, position + window)
+            if not CAUSAL:
+                low = tl.maximum(low, position - window + 1)
+        low -= q_offset
+        high -= q_offset
+        start -= q_offset
+    else:
+        if CAUSAL:
+            high = tl.minimum(high, position + 1)
+        if WINDOWED:
+            low = tl.maximum(low, position - window + 1)
+            if not CAUSAL:
+                high = tl.minimum(high, position + window)
+    # outside all documents: `start` is the last bound passed (or the first one to come), which keeps the order
+    low = tl.minimum(tl.maximum(tl.where(known, low, start), 0), limit)
+    high = tl.minimum(tl.maximum(tl.where(known, high, start), low), limit)
+    tl.store(LOW + b * rows + row, low, mask=row < rows)
+    tl.store(HIGH + b * rows + row, high, mask=row < rows)
+
+
+@triton.jit
+def block_plan(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
+    """Split the interval union of a tile into blocks: returns (full_start, full_stop, cut_left, cut_total).
+
+    Full blocks start at full_start, a multiple of BLOCK before full_stop. Cut block i starts at `cut_block(i, ...)`.
+    """
+    full = tl.maximum(high_first - low_last, 0) // BLOCK
+    full_start = tl.where(full > 0, low_last, low_first)
+    full_stop = full_start + full * BLOCK
+    cut_left = (full_start - low_first + BLOCK - 1) // BLOCK
+    cut_right = (tl.maximum(high_last - full_stop, 0) + BLOCK - 1) // BLOCK
+    return full_start, full_stop, cut_left, cut_left + cut_right
+
+
+@triton.jit
+def cut_block(i, full_start, full_stop, cut_left, BLOCK: tl.constexpr):
+    """First element of the i-th cut block: those left of the full ones come first, then those on the right."""
+    return tl.where(i < cut_left, full_start, full_stop) + (i - cut_left) * BLOCK
+
+
+@triton.jit
+def load_rows(
+    base, start, stride, low, high, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows [start, start + ROWS) of a [*, D] matrix as [ROWS, BLOCK_D]; rows outside [low, high) and padding are 0.
+
+    The row offset is 64-bit, the offset inside the tile 32-bit (the host bounds the stride).
+    """
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    if MASKED:
+        keep = ((start + row >= low) & (start + row < high))[:, None]
+        if D < BLOCK_D:
+            keep = keep & (d < D)[None, :]
+        return tl.load(pointers, mask=keep, other=0.0)
+    if D < BLOCK_D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, start, stride, high, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a [ROWS, BLOCK_D] tile to rows [start, high) of a [*, D] matrix."""
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    keep = (start + row < high)[:, None]
+    if D < BLOCK_D:
+        keep = keep & (d < D)[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """Hyperbolic tangent; EXACT adds the series near 0, where the quotient cancels in fp32."""
+    y = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+    if EXACT:
+        z = x * x
+        p = -1382.0 / 155925.0
+        p = p * z + 62.0 / 2835.0
+        p = p * z - 17.0 / 315.0
+        p = p * z + 2.0 / 15.0
+        p = p * z - 1.0 / 3.0
+        y = tl.where(z < 0.04, x + x * z * p, y)
+    return y

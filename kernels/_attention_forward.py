@@ -1,0 +1,121 @@
+"""Forward attention kernel: tiled online softmax (Milakov & Gimelshein 2018, Dao et al. 2022)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megastage.kernels._attention_common import (
+    LOG2E,
+    LOWEST,
+    block_plan,
+    cut_block,
+    keys_of_query,
+    load_rows,
+    store_rows,
+    tanh,
+)
+
+
+@triton.jit
+def _step(
+    q, k, v, acc, total, top, s, low, high, scale, softcap,
+    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold one block of keys into the running softmax; scores are in units of log2."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    factor = scale * LOG2E
+    if SOFTCAP:
+        scores = tanh(scores * (scale / softcap), q.dtype == tl.float32)
+        factor = softcap * LOG2E
+    if MASKED:
+        seen = s[None, :] < high[:, None]
+        if HAS_LOW:
+            seen = seen & (s[None, :] >= low[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    p = tl.math.exp2(scores * factor - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["q_offset", "window"])
+def attention_forward_kernel(
+    Q, K, V, K_DESC, V_DESC, OUT, LSE, SINK, LOW, HIGH,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh,
+    T, S, H, GROUPS, q_offset, window, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M queries of one head.
+
+    Q, OUT [B, T, H, D]; K, V [B, S, H / GROUPS, D]; LSE fp32 [B, H, T]; SINK fp32 [H]; LOW, HIGH int32 [B, T].
+    K_DESC, V_DESC: TMA descriptors of K and V as [B, heads, S, D], read only by the loop over full blocks; cut blocks
+    go through pointers, whose mask keeps keys outside the tile's interval (another's padding) out of the products.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest rows first, for balance
+    h = bh % H
+    kv_head = h // GROUPS
+    b = (bh // H).to(tl.int64)
+    start = tile * BLOCK_M
+    t = start + tl.arange(0, BLOCK_M)
+    last = tl.minimum(start + BLOCK_M, T) - 1
+    if DOCUMENTS:
+        low = tl.load(LOW + b * T + tl.minimum(t, last))
+        high = tl.load(HIGH + b * T + tl.minimum(t, last))
+        low_first = tl.load(LOW + b * T + start)
+        low_last = tl.load(LOW + b * T + last)
+        high_first = tl.load(HIGH + b * T + start)
+        high_last = tl.load(HIGH + b * T + last)
+    else:
+        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
+        low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
+        low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+
+    k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    q = load_rows(Q + b * stride_qb + h.to(tl.int64) * stride_qh, start, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_SINK:
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * LOG2E, LOWEST)
+        total = tl.zeros([BLOCK_M], tl.float32) + 1.0
+    else:
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    for s in range(full_start, full_stop, BLOCK_N):
+        if TMA:
+            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
+            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
+        else:
+            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
+            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
+        acc, total, top = _step(
+            q, k, v, acc, total, top, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
+        )
+    for i in range(cut_total):
+        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        acc, total, top = _step(
+            q, k, v, acc, total, top, s + n, low, high, scale, softcap, True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION
+        )
+    empty = low >= high
+    total = tl.where(empty, 1.0, total)
+    out = acc / total[:, None]
+    store_rows(OUT + b * stride_ob + h.to(tl.int64) * stride_oh, start, stride_ot, T, out, BLOCK_M, D, BLOCK_D)
+    lse = tl.where(empty, float("-inf"), (top + tl.math.log2(total)) * (1.0 / LOG2E))
+    tl.store(LSE + bh.to(tl.int64) * T + t, lse, mask=t < T)
