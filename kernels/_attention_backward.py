@@ -15,7 +15,9 @@ from megastage.kernels._attention_common import (
     cut_block,
     keys_of_query,
     load_rows,
+    load_tile,
     queries_of_key,
+    row_pointers,
     store_rows,
     tanh,
 )
@@ -80,14 +82,14 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["q_offset", "window"])
 def attention_dq_kernel(
-    Q, K, V, DOUT, K_DESC, V_DESC, LSE2, DELTA, DQ, LOW, HIGH,
+    K_DESC, V_DESC, Q, K, V, DOUT, LSE2, DELTA, DQ, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_dt, stride_dh,
     stride_gb, stride_gt, stride_gh,
     T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -104,17 +106,14 @@ def attention_dq_kernel(
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
     if DOCUMENTS:
-        low = tl.load(LOW + b * T + tl.minimum(t, last))
-        high = tl.load(HIGH + b * T + tl.minimum(t, last))
         low_first = tl.load(LOW + b * T + start)
         low_last = tl.load(LOW + b * T + last)
         high_first = tl.load(HIGH + b * T + start)
         high_last = tl.load(HIGH + b * T + last)
     else:
-        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
         low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
         low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N, CUT)
 
     h64 = h.to(tl.int64)
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -126,22 +125,38 @@ def attention_dq_kernel(
     delta = tl.load(DELTA + row, mask=t < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = tl.arange(0, BLOCK_N)
-    for s in range(full_start, full_stop, BLOCK_N):
-        if TMA:
-            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-        else:
-            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
-            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
-        dq = _dq_step(
-            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
-        )
+    cut = tl.arange(0, CUT)
+    if TMA:
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = K_DESC.load([s, kv_head * stride_kh])
+            v = V_DESC.load([s, kv_head * stride_vh])
+            dq = _dq_step(
+                q, dout, k, v, dq, lse2, delta, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
+            )
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for s in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            dq = _dq_step(
+                q, dout, k, v, dq, lse2, delta, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
+            )
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    # the bounds of single rows are needed, and held in registers, only from here on
+    if DOCUMENTS:
+        low = tl.load(LOW + b * T + tl.minimum(t, last))
+        high = tl.load(HIGH + b * T + tl.minimum(t, last))
+    else:
+        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
     for i in range(cut_total):
-        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
-        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
         dq = _dq_step(
-            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap,
+            q, dout, k, v, dq, lse2, delta, s + cut, low, high, scale, softcap,
             True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION,
         )  # fmt: skip
     base = DQ + b * stride_gb + h64 * stride_gh
@@ -172,14 +187,14 @@ def _dkv_step(
 
 @triton.jit(do_not_specialize=["q_offset", "window"])
 def attention_dkv_kernel(
-    Q, K, V, DOUT, Q_DESC, DOUT_DESC, LSE2, DELTA, DK, DV, LOW, HIGH,
+    Q_DESC, DOUT_DESC, Q, K, V, DOUT, LSE2, DELTA, DK, DV, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_dt, stride_dh,
     stride_gb, stride_gs, stride_gh,
     T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -193,53 +208,69 @@ def attention_dkv_kernel(
     kv_heads = H // GROUPS
     kv_head = bh % kv_heads
     b = (bh // kv_heads).to(tl.int64)
-    s = start + tl.arange(0, BLOCK_N)
     last = tl.minimum(start + BLOCK_N, S) - 1
     if DOCUMENTS:
-        low = tl.load(LOW + b * S + tl.minimum(s, last))
-        high = tl.load(HIGH + b * S + tl.minimum(s, last))
         low_first = tl.load(LOW + b * S + start)
         low_last = tl.load(LOW + b * S + last)
         high_first = tl.load(HIGH + b * S + start)
         high_last = tl.load(HIGH + b * S + last)
     else:
-        low, high = queries_of_key(tl.minimum(s, last), T, q_offset, window, CAUSAL, WINDOWED)
         low_first, high_first = queries_of_key(start, T, q_offset, window, CAUSAL, WINDOWED)
         low_last, high_last = queries_of_key(last, T, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_M)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_M, CUT)
 
     kv64 = kv_head.to(tl.int64)
+    q_base = Q + b * stride_qb
+    d_base = DOUT + b * stride_db
     k = load_rows(K + b * stride_kb + kv64 * stride_kh, start, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, True)
     v = load_rows(V + b * stride_vb + kv64 * stride_vh, start, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     m = tl.arange(0, BLOCK_M)
+    cut = tl.arange(0, CUT)
     for g in range(GROUPS):
         h = kv_head * GROUPS + g
-        q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
-        d_base = DOUT + b * stride_db + h.to(tl.int64) * stride_dh
         row = (b * H + h) * T
-        for t in range(full_start, full_stop, BLOCK_M):
-            if TMA:
-                q = Q_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
-                dout = DOUT_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
-            else:
-                q = load_rows(q_base, t, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, False)
-                dout = load_rows(d_base, t, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, False)
-            lse2 = tl.load(LSE2 + row + t + m)
-            delta = tl.load(DELTA + row + t + m)
-            dk, dv = _dkv_step(
-                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, False, SOFTCAP, PRECISION
-            )
+        if TMA:
+            q_row = (b * (stride_qb // stride_qt)).to(tl.int32)
+            d_row = (b * (stride_db // stride_dt)).to(tl.int32)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = Q_DESC.load([q_row + t, h * stride_qh])
+                dout = DOUT_DESC.load([d_row + t, h * stride_dh])
+                lse2 = tl.load(LSE2 + row + t + m)
+                delta = tl.load(DELTA + row + t + m)
+                dk, dv = _dkv_step(q, dout, k, v, dk, dv, lse2, delta, m, m, m, scale, softcap, False, SOFTCAP, PRECISION)
+        else:
+            q_pointers = row_pointers(q_base + h.to(tl.int64) * stride_qh, full_start, stride_qt, BLOCK_M, BLOCK_D)
+            d_pointers = row_pointers(d_base + h.to(tl.int64) * stride_dh, full_start, stride_dt, BLOCK_M, BLOCK_D)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = load_tile(q_pointers, D, BLOCK_D)
+                dout = load_tile(d_pointers, D, BLOCK_D)
+                lse2 = tl.load(LSE2 + row + t + m)
+                delta = tl.load(DELTA + row + t + m)
+                dk, dv = _dkv_step(q, dout, k, v, dk, dv, lse2, delta, m, m, m, scale, softcap, False, SOFTCAP, PRECISION)
+                q_pointers += BLOCK_M * stride_qt
+                d_pointers += BLOCK_M * stride_dt
+
+    # the bounds of single rows are needed, and held in registers, only from here on
+    s = tl.minimum(start + tl.arange(0, BLOCK_N), last)
+    if DOCUMENTS:
+        low = tl.load(LOW + b * S + s)
+        high = tl.load(HIGH + b * S + s)
+    else:
+        low, high = queries_of_key(s, T, q_offset, window, CAUSAL, WINDOWED)
+    for g in range(GROUPS):
+        h = kv_head * GROUPS + g
+        row = (b * H + h) * T
         for i in range(cut_total):
-            t = cut_block(i, full_start, full_stop, cut_left, BLOCK_M)
-            q = load_rows(q_base, t, stride_qt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
-            dout = load_rows(d_base, t, stride_dt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
-            inside = (t + m >= low_first) & (t + m < high_last)
-            lse2 = tl.load(LSE2 + row + t + m, mask=inside, other=float("inf"))
-            delta = tl.load(DELTA + row + t + m, mask=inside, other=0.0)
+            t = cut_block(i, full_start, full_stop, cut_left, CUT)
+            q = load_rows(q_base + h.to(tl.int64) * stride_qh, t, stride_qt, low_first, high_last, CUT, D, BLOCK_D, True)
+            dout = load_rows(d_base + h.to(tl.int64) * stride_dh, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
+            inside = (t + cut >= low_first) & (t + cut < high_last)
+            lse2 = tl.load(LSE2 + row + t + cut, mask=inside, other=float("inf"))
+            delta = tl.load(DELTA + row + t + cut, mask=inside, other=0.0)
             dk, dv = _dkv_step(
-                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, True, SOFTCAP, PRECISION
+                q, dout, k, v, dk, dv, lse2, delta, t + cut, low, high, scale, softcap, True, SOFTCAP, PRECISION
             )
     offset = b * stride_gb + kv64 * stride_gh
     store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)

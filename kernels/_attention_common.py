@@ -112,23 +112,23 @@ def document_intervals_kernel(
 
 
 @triton.jit
-def block_plan(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
+def block_plan(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr, CUT: tl.constexpr):
     """Split the interval union of a tile into blocks: returns (full_start, full_stop, cut_left, cut_total).
 
-    Full blocks start at full_start, a multiple of BLOCK before full_stop. Cut block i starts at `cut_block(i, ...)`.
+    Full blocks of BLOCK go from full_start to full_stop. Cut block i, of CUT, starts at `cut_block(i, ...)`.
     """
     full = tl.maximum(high_first - low_last, 0) // BLOCK
     full_start = tl.where(full > 0, low_last, low_first)
     full_stop = full_start + full * BLOCK
-    cut_left = (full_start - low_first + BLOCK - 1) // BLOCK
-    cut_right = (tl.maximum(high_last - full_stop, 0) + BLOCK - 1) // BLOCK
+    cut_left = (full_start - low_first + CUT - 1) // CUT
+    cut_right = (tl.maximum(high_last - full_stop, 0) + CUT - 1) // CUT
     return full_start, full_stop, cut_left, cut_left + cut_right
 
 
 @triton.jit
-def cut_block(i, full_start, full_stop, cut_left, BLOCK: tl.constexpr):
+def cut_block(i, full_start, full_stop, cut_left, CUT: tl.constexpr):
     """First element of the i-th cut block: those left of the full ones come first, then those on the right."""
-    return tl.where(i < cut_left, full_start, full_stop) + (i - cut_left) * BLOCK
+    return tl.where(i < cut_left, full_start, full_stop) + (i - cut_left) * CUT
 
 
 @triton.jit
@@ -149,6 +149,22 @@ def load_rows(
         return tl.load(pointers, mask=keep, other=0.0)
     if D < BLOCK_D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def row_pointers(base, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers of the tile that load_rows reads, for a loop that advances them."""
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    return base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+
+
+@triton.jit
+def load_tile(pointers, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile whose rows all exist; columns beyond D are 0."""
+    if D < BLOCK_D:
+        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     return tl.load(pointers)
 
 

@@ -12,6 +12,8 @@ from megastage.kernels._attention_common import (
     cut_block,
     keys_of_query,
     load_rows,
+    load_tile,
+    row_pointers,
     store_rows,
     tanh,
 )
@@ -36,7 +38,7 @@ def _step(
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     p = tl.math.exp2(scores * factor - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
+    total = total * shrink[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, new_top
@@ -44,13 +46,13 @@ def _step(
 
 @triton.jit(do_not_specialize=["q_offset", "window"])
 def attention_forward_kernel(
-    Q, K, V, K_DESC, V_DESC, OUT, LSE, SINK, LOW, HIGH,
+    K_DESC, V_DESC, Q, K, V, OUT, LSE, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh,
     T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -73,17 +75,14 @@ def attention_forward_kernel(
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
     if DOCUMENTS:
-        low = tl.load(LOW + b * T + tl.minimum(t, last))
-        high = tl.load(HIGH + b * T + tl.minimum(t, last))
         low_first = tl.load(LOW + b * T + start)
         low_last = tl.load(LOW + b * T + last)
         high_first = tl.load(HIGH + b * T + start)
         high_last = tl.load(HIGH + b * T + last)
     else:
-        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
         low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
         low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N, CUT)
 
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -94,25 +93,43 @@ def attention_forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32) + 1.0
     else:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, 8], tl.float32)
     n = tl.arange(0, BLOCK_N)
-    for s in range(full_start, full_stop, BLOCK_N):
-        if TMA:
-            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-        else:
-            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
-            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
-        acc, total, top = _step(
-            q, k, v, acc, total, top, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
-        )
+    cut = tl.arange(0, CUT)
+    if TMA:
+        # one row number for both: the host checks that K and V hold the same number of rows per batch element
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = K_DESC.load([s, kv_head * stride_kh])
+            v = V_DESC.load([s, kv_head * stride_vh])
+            acc, total, top = _step(
+                q, k, v, acc, total, top, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
+            )
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for s in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            acc, total, top = _step(
+                q, k, v, acc, total, top, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
+            )
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    # the bounds of single rows are needed, and held in registers, only from here on
+    if DOCUMENTS:
+        low = tl.load(LOW + b * T + tl.minimum(t, last))
+        high = tl.load(HIGH + b * T + tl.minimum(t, last))
+    else:
+        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
     for i in range(cut_total):
-        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
-        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
         acc, total, top = _step(
-            q, k, v, acc, total, top, s + n, low, high, scale, softcap, True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION
+            q, k, v, acc, total, top, s + cut, low, high, scale, softcap, True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION
         )
+    total = tl.sum(total, 1)
     empty = low >= high
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
