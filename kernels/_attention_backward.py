@@ -164,25 +164,27 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _dkv_step(
-    q, dout, k, v, dk, dv, lse2, delta, t, low, high, scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _dkv_probability(
+    q, k, lse2, seen, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     """Scores are computed transposed, [keys, queries], so that they are left operands of both products."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p, tanh_scores = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
     if MASKED:
-        seen = (t[None, :] < high[:, None]) & (t[None, :] >= low[:, None])
         p = tl.where(seen, p, 0.0)
-    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    return p, tanh_scores
+
+
+@triton.jit
+def _dkv_gradient(
+    p, tanh_scores, q, dout, v, dk, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     ds = p * (dp - delta[None, :])
     if SOFTCAP:
         ds = ds * (1.0 - tanh_scores * tanh_scores)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["q_offset", "window"])
@@ -236,19 +238,25 @@ def attention_dkv_kernel(
             d_row = (b * (stride_db // stride_dt)).to(tl.int32)
             for t in range(full_start, full_stop, BLOCK_M):
                 q = Q_DESC.load([q_row + t, h * stride_qh])
-                dout = DOUT_DESC.load([d_row + t, h * stride_dh])
                 lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = DOUT_DESC.load([d_row + t, h * stride_dh])
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 delta = tl.load(DELTA + row + t + m)
-                dk, dv = _dkv_step(q, dout, k, v, dk, dv, lse2, delta, m, m, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dk = _dkv_gradient(p, capped, q, dout, v, dk, delta, dp, m, False, SOFTCAP, PRECISION)
         else:
             q_pointers = row_pointers(q_base + h.to(tl.int64) * stride_qh, full_start, stride_qt, BLOCK_M, BLOCK_D)
             d_pointers = row_pointers(d_base + h.to(tl.int64) * stride_dh, full_start, stride_dt, BLOCK_M, BLOCK_D)
             for t in range(full_start, full_stop, BLOCK_M):
                 q = load_tile(q_pointers, D, BLOCK_D)
-                dout = load_tile(d_pointers, D, BLOCK_D)
                 lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = load_tile(d_pointers, D, BLOCK_D)
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 delta = tl.load(DELTA + row + t + m)
-                dk, dv = _dkv_step(q, dout, k, v, dk, dv, lse2, delta, m, m, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dk = _dkv_gradient(p, capped, q, dout, v, dk, delta, dp, m, False, SOFTCAP, PRECISION)
                 q_pointers += BLOCK_M * stride_qt
                 d_pointers += BLOCK_M * stride_dt
 
@@ -265,13 +273,15 @@ def attention_dkv_kernel(
         for i in range(cut_total):
             t = cut_block(i, full_start, full_stop, cut_left, CUT)
             q = load_rows(q_base + h.to(tl.int64) * stride_qh, t, stride_qt, low_first, high_last, CUT, D, BLOCK_D, True)
-            dout = load_rows(d_base + h.to(tl.int64) * stride_dh, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
             inside = (t + cut >= low_first) & (t + cut < high_last)
             lse2 = tl.load(LSE2 + row + t + cut, mask=inside, other=float("inf"))
+            seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
+            p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
+            dout = load_rows(d_base + h.to(tl.int64) * stride_dh, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             delta = tl.load(DELTA + row + t + cut, mask=inside, other=0.0)
-            dk, dv = _dkv_step(
-                q, dout, k, v, dk, dv, lse2, delta, t + cut, low, high, scale, softcap, True, SOFTCAP, PRECISION
-            )
+            dk = _dkv_gradient(p, capped, q, dout, v, dk, delta, dp, seen, True, SOFTCAP, PRECISION)
     offset = b * stride_gb + kv64 * stride_gh
     store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
     store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)
