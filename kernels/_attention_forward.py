@@ -20,21 +20,21 @@ from megastage.kernels._attention_common import (
 
 
 @triton.jit
-def _step(
-    q, k, v, acc, total, top, s, low, high, scale, softcap,
-    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold one block of keys into the running softmax; scores are in units of log2."""
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """(scores, factor): scores * factor is in units of log2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    factor = scale * LOG2E
     if SOFTCAP:
-        scores = tanh(scores * (scale / softcap), q.dtype == tl.float32)
-        factor = softcap * LOG2E
-    if MASKED:
-        seen = s[None, :] < high[:, None]
-        if HAS_LOW:
-            seen = seen & (s[None, :] >= low[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        return tanh(scores * (scale / softcap), q.dtype == tl.float32), softcap * LOG2E
+    return scores, scale * LOG2E
+
+
+@triton.jit
+def _fold(scores, factor, v, acc, total, top, PRECISION: tl.constexpr):
+    """Fold one block of keys into the running softmax.
+
+    `total` is [rows, 8]: the partial sums of every 8th column need no exchange between the threads of a row, which
+    each step would otherwise pay for; the caller adds them up at the end.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     p = tl.math.exp2(scores * factor - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
@@ -90,11 +90,10 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_SINK:
         top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * LOG2E, LOWEST)
-        total = tl.zeros([BLOCK_M], tl.float32) + 1.0
+        total = tl.zeros([BLOCK_M, 8], tl.float32) + 0.125
     else:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M, 8], tl.float32)
-    n = tl.arange(0, BLOCK_N)
     cut = tl.arange(0, CUT)
     if TMA:
         # one row number for both: the host checks that K and V hold the same number of rows per batch element
@@ -102,18 +101,16 @@ def attention_forward_kernel(
         for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
             k = K_DESC.load([s, kv_head * stride_kh])
             v = V_DESC.load([s, kv_head * stride_vh])
-            acc, total, top = _step(
-                q, k, v, acc, total, top, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
-            )
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
     else:
         k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
         v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
         for s in range(full_start, full_stop, BLOCK_N):
             k = load_tile(k_pointers, D, BLOCK_D)
             v = load_tile(v_pointers, D, BLOCK_D)
-            acc, total, top = _step(
-                q, k, v, acc, total, top, n, n, n, scale, softcap, False, False, SOFTCAP, PRECISION
-            )
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
             k_pointers += BLOCK_N * stride_ks
             v_pointers += BLOCK_N * stride_vs
     # the bounds of single rows are needed, and held in registers, only from here on
@@ -125,10 +122,13 @@ def attention_forward_kernel(
     for i in range(cut_total):
         s = cut_block(i, full_start, full_stop, cut_left, CUT)
         k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        seen = (s + cut)[None, :] < high[:, None]
+        if DOCUMENTS or WINDOWED:
+            seen = seen & ((s + cut)[None, :] >= low[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
         v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
-        acc, total, top = _step(
-            q, k, v, acc, total, top, s + cut, low, high, scale, softcap, True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION
-        )
+        acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
     total = tl.sum(total, 1)
     empty = low >= high
     total = tl.where(empty, 1.0, total)
