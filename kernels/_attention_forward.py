@@ -10,12 +10,12 @@ from megastage.kernels._attention_common import (
     LOWEST,
     block_plan,
     cut_block,
-    keys_of_query,
     load_rows,
     load_tile,
     row_pointers,
     store_rows,
     tanh,
+    tile_bounds,
 )
 
 
@@ -44,18 +44,16 @@ def _fold(scores, factor, v, acc, total, top, PRECISION: tl.constexpr):
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["q_offset", "window"])
+@triton.jit
 def attention_forward_kernel(
     K_DESC, V_DESC, Q, K, V, OUT, LSE, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh,
-    T, S, H, GROUPS, q_offset, window, scale, softcap,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M queries of one head.
 
@@ -64,25 +62,18 @@ def attention_forward_kernel(
     go through pointers, whose mask keeps keys outside the tile's interval (another's padding) out of the products.
     """
     tiles = tl.cdiv(T, BLOCK_M)
-    tile = tl.program_id(0) % tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
     bh = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # the longest rows first, for balance
     h = bh % H
     kv_head = h // GROUPS
     b = (bh // H).to(tl.int64)
     start = tile * BLOCK_M
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
-    if DOCUMENTS:
-        low_first = tl.load(LOW + b * T + start)
-        low_last = tl.load(LOW + b * T + last)
-        high_first = tl.load(HIGH + b * T + start)
-        high_last = tl.load(HIGH + b * T + last)
-    else:
-        low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
-        low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N, CUT)
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_N, CUT)
 
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -106,7 +97,7 @@ def attention_forward_kernel(
     else:
         k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
         v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
-        for s in range(full_start, full_stop, BLOCK_N):
+        for _ in range(full_start, full_stop, BLOCK_N):
             k = load_tile(k_pointers, D, BLOCK_D)
             v = load_tile(v_pointers, D, BLOCK_D)
             scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
@@ -114,18 +105,13 @@ def attention_forward_kernel(
             k_pointers += BLOCK_N * stride_ks
             v_pointers += BLOCK_N * stride_vs
     # the bounds of single rows are needed, and held in registers, only from here on
-    if DOCUMENTS:
-        low = tl.load(LOW + b * T + tl.minimum(t, last))
-        high = tl.load(HIGH + b * T + tl.minimum(t, last))
-    else:
-        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
+    low = tl.load(LOW + tl.minimum(t, last))
+    high = tl.load(HIGH + tl.minimum(t, last))
     for i in range(cut_total):
         s = cut_block(i, full_start, full_stop, cut_left, CUT)
         k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
         scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        seen = (s + cut)[None, :] < high[:, None]
-        if DOCUMENTS or WINDOWED:
-            seen = seen & ((s + cut)[None, :] >= low[:, None])
+        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
         acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)

@@ -20,10 +20,11 @@ MAX_HEAD_DIM = 256
 
 
 class Tiles(NamedTuple):
-    """block_m queries by block_n keys; tma: full blocks come through TMA descriptors; options: of the compiler."""
+    """block_m queries by block_n keys; cut: length of blocks that need a mask; tma: full blocks come by descriptor."""
 
     block_m: int
     block_n: int
+    cut: int
     num_warps: int
     num_stages: int
     tma: bool = False
