@@ -34,7 +34,7 @@ def forward(
     if q.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = (_rows(x) for x in (q, k, v))
-    tiles = _tiles("forward", q, (k, v))
+    tiles = _tiles("forward", q, (k, v), geometry.softcap > 0)
     shared = _shared(geometry, D, tiles, q.dtype)
     with _device(q):
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
@@ -69,13 +69,13 @@ def backward(
             *out.stride()[:3], *dout.stride()[:3], T, H,
             D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        tiles = _tiles("dq", q, (k, v))
+        tiles = _tiles("dq", q, (k, v), geometry.softcap > 0)
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
             *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
             *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
         )  # fmt: skip
-        tiles = _tiles("dkv", q, (q, dout))
+        tiles = _tiles("dkv", q, (q, dout), geometry.softcap > 0)
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
         backward_kernels.attention_dkv_kernel[(triton.cdiv(S, tiles.block_n) * B * K,)](
             *_descriptors((q, dout), tiles.block_m, tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
@@ -103,10 +103,10 @@ def intervals(
     return low, high, 0 if cu_seqlens is None else rows
 
 
-def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor]) -> tuning.Tiles:
+def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor], softcap: bool) -> tuning.Tiles:
     bits = 32 if q.dtype == torch.float32 else 16
     arch = tuning.architecture(q.device.type, q.device.index)
-    tiles = tuning.lookup(kernel, arch, bits, padded(q.shape[3]))
+    tiles = tuning.lookup(kernel, arch, bits, padded(q.shape[3]), softcap)
     one, two = (_rows_per_batch(x) for x in streamed)
     fits = one is not None and (one == two or (two is not None and kernel == "dkv"))
     return tiles._replace(tma=tiles.tma and fits)
@@ -119,10 +119,10 @@ def padded(D: int) -> int:
 
 def _shared(geometry: Geometry, D: int, tiles: tuning.Tiles, dtype: torch.dtype) -> dict:
     """Compile-time arguments and launch options that the three main kernels have in common."""
-    exact = "ieee" if torch.version.hip else "tf32x3"
+    precision = tuning.precision("gfx942" if torch.version.hip else "", dtype == torch.float32)
     return {
         "D": D, "BLOCK_D": padded(D), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CUT": tiles.cut,
-        "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": exact if dtype == torch.float32 else "tf32",
+        "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": precision,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True, **dict(tiles.options),
     }  # fmt: skip
 
