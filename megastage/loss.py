@@ -26,11 +26,17 @@ class ModelPart(nn.Module):
         self.decoder = decoder
         self.tp_group = tp_group
         self.backend = backend
+        self.compiled_head: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor, labels_BT: Tensor) -> Tensor:
         hidden_BTD = self.decoder(x, positions_BT, cu_seqlens_BC)
         if not self.decoder.has_head:
             return hidden_BTD
+        head = self.head if self.compiled_head is None else self.compiled_head
+        return head(hidden_BTD, labels_BT)
+
+    def head(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The summed loss of final hidden states [B, T/tp, D]."""
         head = self.decoder.output if self.decoder.output is not None else self.decoder.tok_embeddings
         if self.tp_group is not None:
             hidden_BTD = gather_sequence(hidden_BTD, self.tp_group)

@@ -53,6 +53,17 @@ def _keep_until(path: Path, done_steps: int) -> None:
     os.replace(partial, path)
 
 
+def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a record but its step, those of nested objects as `outer/inner`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and (prefix or key != "step"):
+            found[prefix + key] = value
+    return found
+
+
 class TensorBoard:
     """Scalars under `folder`; needs the tensorboard extra."""
 
@@ -66,9 +77,8 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(key, value, record["step"])
+        for key, value in scalars(record).items():
+            self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self.writer.close()
@@ -88,7 +98,8 @@ class Wandb:
         self.run = wandb.init(dir=str(folder), config=dict(config))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        words = {key: value for key, value in record.items() if isinstance(value, str)}
+        self.run.log({**words, **scalars(record)}, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()

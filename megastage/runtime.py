@@ -9,13 +9,18 @@ import gc
 import os
 import random
 import signal
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megastage.logs import log
 
 
 @dataclass
@@ -45,6 +50,12 @@ class Runtime:
 
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             self._old_handlers[signum] = signal.signal(signum, request)
+
+    def set_timeout(self, seconds: float) -> None:
+        """The timeout of every collective of training from here on; `control` and `checkpoint` keep their long one."""
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not self.control and group is not self.checkpoint:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave together: a rank that tears its groups down early can fail its peers' last collective.
@@ -112,6 +123,26 @@ def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+def collect_young(*, report: bool) -> None:
+    """Collect the two young generations of objects; `report` logs how many were garbage and how long it took."""
+    began = time.perf_counter()
+    found = gc.collect(1)
+    if report:
+        log.info("Garbage collection: %d objects in %.1f ms", found, (time.perf_counter() - began) * 1e3)
+
+
+def record_collectives(entries: int, folder: Path, prefix: str) -> None:
+    """Have torch's flight recorder keep the last `entries` collectives, and write them to FOLDER/PREFIX<rank> on a
+    timeout. Call before `start`; what already stands in the environment is left as it is. entries 0: off."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
+    if entries == 0:
+        return
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / prefix))
+    if torch.cuda.is_available():
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def collect_garbage(device: torch.device) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from megastage.data.blend import BlendTable, integer_weights
 from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank_of
+from megastage.data.lanes import LaneOrder
 from megastage.data.order import Order, make_order
 from megastage.data.sources.base import SourceError, SourceOptions, TokenSource, open_source, without_building
 
@@ -111,11 +112,12 @@ def build_index(
     vocab_size: int | None = None,
     settings: Settings | None = None,
     node_leader: bool | None = None,
+    superblock_tokens: int | None = None,
 ) -> DataIndex:
     """Open and prove every source on every rank of the CPU `group`. A collective call.
 
     options: for the readers; settings: order settings of a checkpoint, by key; node_leader: whether this process writes
-    its node's cache of tokenized text (default: LOCAL_RANK is 0 or unset).
+    its node's cache of tokenized text (default: LOCAL_RANK is 0 or unset); superblock_tokens: of token streams.
     Raises DataError with the same text on every rank: first all that rank 0 finds, then what differs elsewhere.
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0" if node_leader is None else node_leader
@@ -127,7 +129,7 @@ def build_index(
         try:
             opened = _open_all(stages, options, problems)
             problems.extend(_tokenizer_problems(opened.values(), options))
-            built = _index(stages, opened, vocab_size, settings or {}, problems)
+            built = _index(stages, opened, vocab_size, settings or {}, problems, superblock_tokens)
             report = {"problems": problems} if problems else _describe(built)
         except Exception as error:  # whatever it is, the others must not wait for it
             report = {"problems": [*problems, f"{type(error).__name__}: {error}"]}
@@ -181,6 +183,7 @@ def _index(
     vocab_size: int | None,
     settings: Settings,
     problems: list[str],
+    superblock: int | None = None,
 ) -> DataIndex:
     indexes: dict[int, StageIndex] = {}
     tables: dict[bytes, BlendTable] = {}
@@ -199,7 +202,7 @@ def _index(
             tables[weights.tobytes()] = BlendTable.build(weights)
         table = tables[weights.tobytes()]
         indexes[stage.index] = StageIndex(specs_of(stage), tuple(sources), weights, table, stage.dataset_random_seed)
-    orders = _make_orders(stages, indexes, settings, problems)
+    orders = _make_orders(stages, indexes, settings, problems, superblock)
     by_hash = {source.fingerprint.hex(): source for index in indexes.values() for source in index.sources}
     return DataIndex(indexes, orders, by_hash)
 
@@ -246,7 +249,11 @@ def _weights(stage: DataStage, sources: Sequence[TokenSource]) -> np.ndarray:
 
 
 def _make_orders(
-    stages: Sequence[DataStage], indexes: Mapping[int, StageIndex], settings: Settings, problems: list[str]
+    stages: Sequence[DataStage],
+    indexes: Mapping[int, StageIndex],
+    settings: Settings,
+    problems: list[str],
+    superblock: int | None,
 ) -> dict[str, Order]:
     """One order per (content, seed), sized for all lengths at which the plan reads it."""
     lengths: dict[str, list[int]] = {}
@@ -258,10 +265,14 @@ def _make_orders(
         for key, source, length in _uses(stage, indexes):
             try:
                 if key not in orders:
-                    orders[key] = order_of(source, int(key.partition(":")[2]), lengths[key], settings.get(key))
+                    orders[key] = order_of(
+                        source, int(key.partition(":")[2]), lengths[key], settings.get(key), superblock
+                    )
                 orders[key].enter([], length)  # a length that cannot be read is found now, not at the boundary
             except ValueError as error:
                 problems.append(f"{_title(stage)}: {error}")
+    if superblock is not None and orders and not any(isinstance(order, LaneOrder) for order in orders.values()):
+        problems.append(f"training.superblock_tokens = {superblock}: no source is a token stream; leave it out")
     return orders
 
 
@@ -287,7 +298,13 @@ def _uses(stage: DataStage, indexes: Mapping[int, StageIndex]) -> list[tuple[str
     ]
 
 
-def order_of(source: TokenSource, seed: int, lengths: Sequence[int], settings: Mapping[str, Any] | None) -> Order:
+def order_of(
+    source: TokenSource,
+    seed: int,
+    lengths: Sequence[int],
+    settings: Mapping[str, Any] | None,
+    superblock: int | None = None,
+) -> Order:
     """The sample order that fits a source: text by virtual streams, documents packed, token streams in lanes."""
     kind = "streams" if source.dataset_type == "huggingface" else "packed" if source.kind == "documents" else "lanes"
     return make_order(
@@ -298,6 +315,7 @@ def order_of(source: TokenSource, seed: int, lengths: Sequence[int], settings: M
         n_tokens=source.n_tokens,
         doc_ends=None if kind == "lanes" else source.doc_ends,
         settings=settings,
+        superblock=superblock,
         name=source.path,
     )
 

@@ -15,7 +15,7 @@ from megastage.config.layout import Layout, resolve_layout
 from megastage.config.load import load_config
 from megastage.config.model_choice import model_config
 from megastage.model.decoder import Decoder
-from megastage.optim import Optimizer, clip_gradients, gradient_norm
+from megastage.optim import Optimizer, clip_scale, gradient_norm
 from megastage.parallel import tensor
 from megastage.parallel.collectives import gather_sequence, reduce_scatter_sequence
 from megastage.parallel.context import ContextGroup, make_groups
@@ -112,8 +112,7 @@ def _norm_and_step(layout: list[str], world: int) -> tuple[float, float, dict[st
                 shape=parameter.shape, stride=parameter.stride(),
             )  # fmt: skip
         norm = gradient_norm(model.parameters, mesh, model.tied.counted_elsewhere)
-        clip_gradients(model.parameters, norm, 1.0)
-        optimizer.step(1e-2, 0.1)
+        optimizer.step(1e-2, 0.1, clip_scale(norm, 1.0))
     state = optimizer.state_tensors()
     whole = {name: p.full_tensor().detach().numpy() for name, p in model.parameters.items()}
     moment = {key: value.full_tensor().numpy() for key, value in state.items()}
