@@ -22,6 +22,8 @@ from torch.distributed import distributed_c10d
 
 from megastage.logs import log
 
+LONG_S = 1800  # for what one rank does while the others wait: reading an index, writing files
+
 
 @dataclass
 class Runtime:
@@ -89,7 +91,7 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if not dist.is_initialized():
         _init_process_group(device, timedelta(seconds=init_timeout_s))
-    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, 1800))
+    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint)

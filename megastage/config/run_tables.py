@@ -129,7 +129,7 @@ class Compile(Section):
 class Comm(Section):
     """Communication between ranks."""
 
-    init_timeout_seconds: int = key(300, "Timeout of collectives until the first step is done", ge=1)
+    init_timeout_seconds: int = key(300, "Timeout of collectives until a stage's first step is done", ge=1)
     train_timeout_seconds: int = key(100, "Timeout of collectives after it", ge=1)
     trace_buf_size: int = key(20_000, "Entries of the flight recorder", ge=0)
     save_traces_folder: str = key("comm_traces", "Folder of its dumps under dump_folder")
