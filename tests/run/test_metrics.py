@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megastage import logs
-from megastage.metrics import JsonLines, Wandb
+from megastage.metrics import JsonLines, TensorBoard, Wandb
 
 RECORD = {
     "step": 7, "stage": "general", "loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 12345.6, "mfu": 0.412,
@@ -59,3 +59,14 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"enable_wandb = true needs the wandb package"):
         Wandb(tmp_path, {})
+
+
+def test_a_resumed_run_writes_no_figure_twice(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for done, steps in ((0, range(1, 6)), (3, range(4, 7))):
+        board = TensorBoard(tmp_path, done)
+        for step in steps:
+            board.write({"step": step, "loss": float(10 * done + step)})
+        board.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]
