@@ -9,6 +9,7 @@ import gc
 import os
 import random
 import signal
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,7 +29,8 @@ LONG_S = 1800  # for what one rank does while the others wait: reading an index,
 @dataclass
 class Runtime:
     """Where this process stands. `control` is a gloo group of all ranks for small CPU tensors and agreement;
-    `checkpoint` is another, so that a save in the background never interleaves with training's collectives."""
+    `checkpoint` is another, so that a save in the background never interleaves with training's collectives.
+    `store` is a few keys that all ranks share, also when their connections are gone."""
 
     rank: int
     world_size: int
@@ -36,6 +38,7 @@ class Runtime:
     device: torch.device
     control: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
+    store: dist.Store
     stop_signal: int = 0
     _old_handlers: dict[int, object] = field(default_factory=dict)
 
@@ -89,20 +92,20 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
             )
         torch.cuda.set_device(local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    if not dist.is_initialized():
-        _init_process_group(device, timedelta(seconds=init_timeout_s))
+    store = _init_process_group(device, timedelta(seconds=init_timeout_s))
     long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store)
 
 
-def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-        return
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
+        return alone
     # torchrun keeps one store across restarts; without a name per attempt, gloo meets the dead attempt's addresses.
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -110,6 +113,22 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     dist.init_process_group(
         backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )
+    return prefixed
+
+
+def make_writable(path: str, key: str, is_main: bool) -> None:
+    """Make the folder that `key` names, on rank 0. Raises ValueError where it can't be made or written to."""
+    if not is_main:
+        return
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'{key} = "{path}": can\'t be written to ({error.strerror}); name a folder that this user may write to'
+        ) from None
 
 
 def seed_everything(seed: int) -> None:
