@@ -69,7 +69,9 @@ def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, device: torch.d
             has_head=mesh.pp_rank == mesh.layout.pp - 1,
         ).to(dtype)
     tensor.apply(decoder, mesh.tp)
-    part = ModelPart(decoder, mesh.group("tp"), cfg.kernels.linear_cross_entropy)
+    part = ModelPart(
+        decoder, mesh.group("tp"), cfg.kernels.linear_cross_entropy, not cfg.parallelism.disable_loss_parallel
+    )
     data.shard(
         part,
         mesh.fsdp,

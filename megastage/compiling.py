@@ -53,7 +53,8 @@ def _compile_layer(layer: DecoderLayer, compiled: Callable[..., Callable[..., Te
     """A choice by operation is the compiler's to see; recomputing a whole layer goes around what is compiled."""
     if by_operation and layer.recompute is not None:
         checkpointed, layer.recompute = layer.recompute, None
-        layer.body = _bounds_vary(compiled(partial(checkpointed, layer.plain_body)))
+        # in one graph or not at all: a break would leave the whole layer to run as it stands, with no word of it
+        layer.body = _bounds_vary(compiled(partial(checkpointed, layer.plain_body), fullgraph=True))
     else:
         layer.body = _bounds_vary(compiled(layer.plain_body))
 

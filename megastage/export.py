@@ -20,7 +20,7 @@ from megastage.logs import log
 from megastage.model.parameters import parameter_shapes
 from megastage.parallel.data import DTYPES
 from megastage.parallel.mesh import Mesh
-from megastage.runtime import Runtime
+from megastage.runtime import LONG_S, Runtime
 from megastage.stages import Stage
 
 
@@ -41,6 +41,7 @@ def write(cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, fold
 
     Raises ValueError or CheckpointFailed on every rank when rank 0 cannot write.
     """
+    rt.set_timeout(LONG_S)  # the others wait for rank 0 to write
     shapes = parameter_shapes(model.cfg)
     dtype = DTYPES[cfg.checkpoint.export_dtype]
     parts = pipeline_layers(cfg, model.cfg.n_layers)

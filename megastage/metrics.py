@@ -65,16 +65,16 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class TensorBoard:
-    """Scalars under `folder`; needs the tensorboard extra."""
+    """Scalars under `folder`; needs the tensorboard extra. A resumed run hides what it is going to write again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, done_steps: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
                 "metrics.enable_tensorboard = true needs the tensorboard package: pip install 'megastage[tensorboard]'"
             ) from error
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if done_steps else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for key, value in scalars(record).items():

@@ -88,7 +88,8 @@ def report(cfg: Config, world_size: int, *, read_data: bool = True) -> str:
 
 def memory_report(cfg: Config, world_size: int) -> str:
     """Layout, model and memory estimate alone."""
-    layout, model = resolve_layout(cfg, world_size), model_config(cfg)
+    layout = resolve_layout(cfg, world_size)
+    model = with_vocabulary(cfg, model_config(cfg), open_tokenizer(cfg))
     stages = resolve_stages(cfg, layout, seed=0)
     lines = [layout_line(layout), model_line(model, count_parameters(model))]
     return "\n".join([*lines, *memory_lines(cfg, model, layout, stages)])

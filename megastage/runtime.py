@@ -23,6 +23,8 @@ from torch.distributed import distributed_c10d
 
 from megastage.logs import log
 
+LONG_S = 1800  # for what one rank does while the others wait: reading an index, writing files
+
 
 @dataclass
 class Runtime:
@@ -91,7 +93,7 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
         torch.cuda.set_device(local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     store = _init_process_group(device, timedelta(seconds=init_timeout_s))
-    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, 1800))
+    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store)

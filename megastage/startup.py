@@ -218,7 +218,8 @@ def open_sinks(cfg: Config, rt: Runtime, done_steps: int) -> list[Sink]:
         sinks.append(JsonLines(folder / f"metrics-rank{rt.rank}.jsonl", done_steps))
     if rt.is_main or cfg.metrics.save_for_all_ranks:
         if cfg.metrics.enable_tensorboard:
-            sinks.append(TensorBoard(folder / cfg.metrics.save_tb_folder / ("" if rt.is_main else f"rank{rt.rank}")))
+            mine = "" if rt.is_main else f"rank{rt.rank}"
+            sinks.append(TensorBoard(folder / cfg.metrics.save_tb_folder / mine, done_steps))
         if cfg.metrics.enable_wandb:
             sinks.append(Wandb(folder / "wandb", cfg.model_dump(mode="json")))
     return sinks

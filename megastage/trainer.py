@@ -65,6 +65,7 @@ class Trainer:
             while self.step < steps and not stop:
                 stage = lookup(self.stages, self.step)
                 if stage is not current:
+                    self.expect_slow_update()
                     boundary.apply(self, stage)
                     current = stage
                 record, stop = self.train_step()
@@ -130,8 +131,13 @@ class Trainer:
             record["validation"] = result = validator.run(self.model, self.mesh, self.context)
             log.info(validation.line(self.step, self.cfg.training.steps, result))
 
+    def expect_slow_update(self) -> None:
+        """Before a stage's first update, which connects and compiles: the timeout of start-up."""
+        self.runtime.set_timeout(self.cfg.comm.init_timeout_seconds)
+        self.warm = False
+
     def after_step(self) -> None:
-        """Garbage, traces, and after the run's first update the timeouts of training."""
+        """Garbage, traces, and after a stage's first update the timeout of training."""
         self.profiling.step()
         if self.step % self.cfg.training.gc_freq == 0:
             collect_young(report=self.cfg.training.gc_debug)

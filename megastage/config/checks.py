@@ -199,6 +199,11 @@ def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) 
                 f"{path}: does not divide the {count} {name} heads of {cfg.model.name} {cfg.model.flavor}; "
                 f"use one of {[d for d in range(1, count + 1) if count % d == 0]}"
             )
+    if cfg.parallelism.disable_loss_parallel and model.vocab_size % tp:
+        problems.append(
+            f"parallelism.disable_loss_parallel = true: the vocabulary of {model.vocab_size} can't be gathered evenly "
+            f"from {tp} tensor-parallel ranks; set model.vocab_size = {-(-model.vocab_size // tp) * tp}"
+        )
     if cfg.validation.enable:
         length = cfg.validation.seq_len
         degrees = {stage.context_parallel_degree for stage in stages}

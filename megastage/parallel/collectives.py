@@ -96,6 +96,21 @@ class _GatherProject(torch.autograd.Function):
         return _wait(scattered).view(x.shape), None, *grad_weights
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _wait(functional.all_reduce(x, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the group, on every rank. Each rank's backward is of its own addend: all of them start one."""
+    return _Sum.apply(x, group)
+
+
 def gather_project(x: Tensor, weights: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """x [B, T/n, D] gathered along the sequence, times each weight [O, D] transposed: [B, T, O] each.
 

@@ -143,6 +143,8 @@ def test_an_export_is_the_trained_model_for_transformers(layout, config, whole, 
     ours = train(world, more)[-1]["loss"]
     assert _transformers_loss_of_step(config, target, 5) == pytest.approx(ours, rel=2e-5)
     hf = ["--checkpoint.initial_load_in_hf", "true", "--checkpoint.initial_load_path", str(target), *tied, *mask]
+    other = ["--model.norm_eps", "1e-3"]
+    assert run_ranks(1, _exit_code, _argv(config, tmp_path / "eps", *hf, *other)) == [2]
     again = train(1, _argv(config, tmp_path / "import", *hf))
     first = train(1, _argv(config, tmp_path / "fresh", *tied, *mask))[0]["loss"]
     assert again[0]["loss"] < first - 0.05
