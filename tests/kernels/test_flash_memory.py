@@ -1,4 +1,4 @@
-"""What the kernels may touch: guard regions, garbage in padding, offsets beyond 2^31, descriptors, slices of tensors."""
+"""What the kernels may touch: guard regions, garbage in padding, offsets beyond 2^31, descriptors, slices."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_offsets_beyond_31_bits():
 
 
 def test_row_strides_too_wide_for_a_tile_are_copied():
-    wide = torch.empty(1, dtype=torch.float16).as_strided((1, 1, 1, 16), (1, 2**31, 16, 1))
+    wide = torch.empty(2**24 + 16, dtype=torch.float16).as_strided((1, 2, 1, 16), (1, 2**24, 16, 1))
     assert launch._rows(wide).stride(1) <= launch.MAX_ROW_STRIDE
 
 
@@ -174,8 +174,8 @@ def test_intervals_are_those_of_the_reference(bounds, causal, window):
         assert (bound.diff() >= 0).all(), "tiles rely on bounds that never decrease"
 
 
-def test_cost_follows_documents(monkeypatch):
-    """Blocks visited, counted from the same plan as the kernels': 16 documents cost far less than one of their length."""
+def test_cost_follows_documents():
+    """Blocks visited, counted from the kernels' own bounds: 16 documents cost far less than one of their length."""
 
     def blocks(cu):
         low, high, _ = launch.intervals(cu, torch.zeros(1, 4096, 1, 1), 4096, PLAIN, for_keys=False)
