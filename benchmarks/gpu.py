@@ -220,7 +220,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(options.lengths) < 1:
         parser.error(f"--lengths {min(options.lengths)}: lengths are positive")
     if options.dry_run:
-        options.lengths = [length for length in options.lengths if length <= 128] or [32, 65]
+        options.lengths = [length for length in options.lengths if length <= 128] or [32]
     return options
 
 
