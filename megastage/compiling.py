@@ -40,7 +40,8 @@ def apply(cfg: Config, part: ModelPart, stage: Stage) -> None:
     table = cfg.compile
     if not table.enable:
         return
-    compiled = partial(torch.compile, backend=table.backend)
+    # in one graph or not at all: at a break the rest would run as it stands, with no word of it
+    compiled = partial(torch.compile, backend=table.backend, fullgraph=True)
     if "model" in table.components:
         for layer in part.decoder.layers.values():
             assert isinstance(layer, DecoderLayer)
@@ -53,8 +54,7 @@ def _compile_layer(layer: DecoderLayer, compiled: Callable[..., Callable[..., Te
     """A choice by operation is the compiler's to see; recomputing a whole layer goes around what is compiled."""
     if by_operation and layer.recompute is not None:
         checkpointed, layer.recompute = layer.recompute, None
-        # in one graph or not at all: a break would leave the whole layer to run as it stands, with no word of it
-        layer.body = _bounds_vary(compiled(partial(checkpointed, layer.plain_body), fullgraph=True))
+        layer.body = _bounds_vary(compiled(partial(checkpointed, layer.plain_body)))
     else:
         layer.body = _bounds_vary(compiled(layer.plain_body))
 

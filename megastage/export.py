@@ -36,6 +36,20 @@ def refuse_existing(cfg: Config, rt: Runtime) -> None:
         raise ValueError(f"checkpoint.export = {path!r}: exists already; name a new folder, or remove this one")
 
 
+def set_aside(folder: Path, rt: Runtime) -> None:
+    """Rename what an earlier end of the run left at `folder` to FOLDER.superseded-K. Collective."""
+    error = None
+    if rt.is_main and folder.exists():
+        number = 1
+        while (target := folder.with_name(f"{folder.name}.superseded-{number}")).exists():
+            number += 1
+        try:
+            folder.rename(target)
+        except OSError as caught:
+            error = caught
+    Ranks(rt.control).agree(error)
+
+
 def write(cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, folder: Path, eos_id: int | None) -> None:
     """Write config.json and safetensors with the RoPE and length of `stage`, in checkpoint.export_dtype. Collective.
 

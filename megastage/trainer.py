@@ -198,7 +198,9 @@ class Trainer:
         if self.checkpoints is None or settings.load_only:
             return
         if settings.last_save_in_hf and self.step == self.cfg.training.steps:
-            self.export(self.checkpoints.root / f"step-{self.step}.hf")
+            target = self.checkpoints.root / f"step-{self.step}.hf"
+            export.set_aside(target, self.runtime)
+            self.export(target)
             return
         began = time.perf_counter()
         resume.save(self.cfg, self.parts, self.step, lookup(self.stages, self.step))

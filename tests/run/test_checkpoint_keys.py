@@ -175,10 +175,11 @@ def _transformers_loss_of_step(config: Path, folder: Path, step: int) -> float:
 
 
 def test_the_last_save_may_be_hugging_face_weights(config, tmp_path):
-    train(
-        1, _argv(config, tmp_path, "--checkpoint.last_save_model_only", "true", "--checkpoint.last_save_in_hf", "true")
-    )
+    argv = _argv(config, tmp_path, "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf")
+    train(1, argv)
     assert _steps(tmp_path) == ["step-2", "step-4.hf"]
     described = json.loads((tmp_path / "checkpoint" / "step-4.hf" / "config.json").read_text())
     assert described["num_hidden_layers"] == 2
+    train(1, argv)  # goes on from step 2 to the end once more
+    assert _steps(tmp_path) == ["step-2", "step-4.hf", "step-4.hf.superseded-1"]
     assert described["max_position_embeddings"] == 64

@@ -8,7 +8,6 @@ import pytest
 import torch._dynamo.utils
 from training import TINY, layout_flags, records, train, write_nanoset
 
-from megastage.kernels import flash_attention
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -72,17 +71,12 @@ def _check(world: int, argv: list[str], eager: list[dict]) -> int:
 ON = ["--compile.enable", "true", "--compile.backend", "aot_eager"]
 
 
-_one_graph = pytest.mark.skipif(
-    not hasattr(flash_attention, "attention_op"), reason="attention in plain Python breaks a layer's graph"
-)
-
-
 @pytest.mark.parametrize(
     ("layout", "mode", "graphs"),
     [
         ({}, ("none", "2"), 4),  # a layer and the loss, at two lengths
         ({"tp": 2}, ("full", "2"), 4),
-        pytest.param({"tp": 2}, ("selective", "op"), 4, marks=_one_graph),
+        ({"tp": 2}, ("selective", "op"), 4),
         ({"pp": 2}, ("selective", "2"), 2),  # the first part has no loss
         ({"cp": 2}, ("none", "2"), 4),
     ],
