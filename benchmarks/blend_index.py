@@ -1,10 +1,12 @@
 """Draw order of a blend against megatron-core's `build_blending_indices` (pip install megatron-core --no-deps).
 
-    python benchmarks/blend_index.py             start: one process, 64 sources, 10^8 samples; time to the first batch
+    python benchmarks/blend_index.py             start on 4 ranks, 64 sources, 10^8 samples: time to the first batch
     python benchmarks/blend_index.py --expand    all of 10^7 draws written out, nine mixes
 
-Both sides include the allocation of what they write; ours includes reading the weights. Code is compiled and loaded
-before. Figures are medians of five runs, alternating. Prints the worst ratio and its bar last; exits 1 below it.
+Start: all ranks open and prove the 64 folders, receive rank 0's index, and read their share of the first batch of 1024
+rows; megatron-core's time is that of its blend alone in one process, with nothing opened, sent or read. Expansion: both
+sides include the allocation of what they write, ours the reading of the weights. Code is compiled and loaded before.
+Figures are medians of five runs, alternating. Prints the worst ratio and its bar last; exits 1 below it.
 """
 
 from __future__ import annotations
@@ -14,18 +16,23 @@ import importlib.machinery
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from common import DataStage, alone, seconds, write_tokens
 
 from megastage.data import compiled
 from megastage.data.blend import BlendTable, integer_weights
-from megastage.data.lanes import LaneOrder, choose_lanes
+from megastage.data.engine import DataEngine
+from ranks import run_ranks
 
 RUNS = 5
+SOURCES, SAMPLES = 64, 100_000_000
 BATCH = 1024
 SLOW_FROM_K = 512  # megatron-core's time is linear in draws: with many sources a tenth of them is timed
 BARS = {8: 2.5, 64: 6.0, 1000: 50.0}
@@ -54,12 +61,6 @@ def mixes(k: int) -> dict[str, np.ndarray]:
         "one big": np.concatenate(([0.9], np.full(k - 1, 0.1 / (k - 1)))),
     }
     return {name: weights / weights.sum() for name, weights in raw.items()}
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], their_scale: float) -> tuple[float, float]:
@@ -98,21 +99,36 @@ def expand(helpers: Any) -> float:
 
 
 def start(helpers: Any) -> float:
-    k, n, n_tokens, seq_len = 64, 100_000_000, 10_000_000_000, 4096
-    weights = mixes(k)["harmonic"]
-
-    def first_batch() -> None:
-        table = BlendTable.build(integer_weights(weights.tolist()))
-        source, counter = table.draws(0, BATCH)
-        lanes = choose_lanes(n_tokens, seq_len)
-        for i in np.unique(source):
-            order = LaneOrder(n_tokens, superblock=seq_len, lanes=lanes, seed=1, fingerprint=bytes([i]) * 32)
-            order.enter([], seq_len).rows(counter[source == i])
-
-    ours, theirs = compare(first_batch, lambda: megatron(helpers, weights, n), 1)
-    print(f"first batch of {BATCH}: {ours * 1000:.1f} ms; megatron-core's index of {n:,} samples: {theirs:.2f} s")
+    with tempfile.TemporaryDirectory() as name, alone():
+        folders = []
+        for i in range(SOURCES):
+            folders.append(str(write_tokens(Path(name) / f"s{i:02}", 400_000, seed=i).parent))
+        times, theirs = run_ranks(4, start_on_ranks, folders, helpers, timeout_s=600)[0]
+    ours = statistics.median(times)
+    print(f"first batch of {BATCH} on 4 ranks: {ours * 1000:.1f} ms; megatron-core's {SAMPLES:,} draws: {theirs:.2f} s")
     print(f"ratio={theirs / ours:.1f} bar={START_BAR:g}")
     return theirs / ours / START_BAR
+
+
+def start_on_ranks(folders: list[str], helpers: Any) -> tuple[list[float], float]:
+    """Seconds until every rank has its first batch, by round, and megatron-core's; on this rank."""
+    dist.init_process_group("gloo")
+    group, rank, ours, theirs = dist.group.WORLD, dist.get_rank(), [], []
+    weights = tuple(mixes(SOURCES)["harmonic"].tolist())
+    stage = DataStage(dataset_folders=tuple(folders), dataset_weights=weights, global_batch_size=BATCH)
+    for _ in range(RUNS + 1):
+        dist.barrier(group)
+        begin = time.perf_counter()
+        engine = DataEngine.build([stage], group=group, vocab_size=50_257)
+        engine.enter(0, data_rank=rank, data_ranks=4)
+        engine.next()
+        dist.barrier(group)
+        ours.append(time.perf_counter() - begin)
+        engine.close()
+        if rank == 0:
+            theirs.append(seconds(lambda: megatron(helpers, np.array(weights), SAMPLES)))
+    dist.destroy_process_group()
+    return ours[1:], statistics.median(theirs or [0.0])
 
 
 def main() -> None:

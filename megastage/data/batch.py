@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megastage.data.fetch import RowTools, fill_compiled
 from megastage.data.order import Rows
 from megastage.data.sources.base import IGNORED, SourceError, TokenSource
 
@@ -23,33 +25,58 @@ class Batch:
     """One data rank's rows of one optimizer step.
 
     tokens_BT: int64, 0 in the padding. labels_BT: int64, the next token, -100 where the loss looks away (document ends
-    when documents are isolated, padding, loss masks). positions_BT: int64, from 0 at each document and row start
-    (document_mask), else 0 .. T-1. cu_seqlens_BC: int32, per row 0 and document ends, the last end repeated as padding;
-    C is a power of two; without document_mask [0, end]. What lies beyond a row's last end is padding.
-    source_B: int32, index into the stage's sources. ids_B: int64, position in the stage's global sample order.
+    when documents are isolated, padding, loss masks). cu_seqlens_BC: int32, per row 0 and document ends, the last end
+    repeated as padding; C is a power of two; without document_mask [0, end]. What lies beyond a row's last end is
+    padding. source_B: int32, index into the stage's sources. ids_B: int64, position in the stage's global sample order.
+    shard_positions_BT: the positions, once they are made, or where rows are cut among ranks and T is not the whole row.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
-    positions_BT: Tensor
     cu_seqlens_BC: Tensor
     source_B: Tensor
     ids_B: Tensor
+    shard_positions_BT: Tensor | None = None
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """int64[B, T]: where each token stands in its document, from the bounds; beyond the last one from 0 again.
+
+        Made when asked for, on the batch's device: a third of what would have to be written and copied there.
+        """
+        if self.shard_positions_BT is None:
+            self.shard_positions_BT = positions_of(self.cu_seqlens_BC, self.tokens_BT.shape[1])
+        return self.shard_positions_BT
 
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of `rows` rows in order (the last may be smaller); views, no copies."""
         if rows < 1:
             raise ValueError(f"micro-batch of {rows} rows: must be at least 1")
-        cut = [getattr(self, field.name).split(rows) for field in fields(self)]
-        return [Batch(*columns) for columns in zip(*cut)]
+        count = -(-len(self.ids_B) // rows)
+        cut = [[None] * count if values is None else values.split(rows) for values in self._values()]
+        return [Batch(*columns) for columns in zip(*cut, strict=True)]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies from pinned memory do not block."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in self._values()))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for fast copies to a GPU."""
-        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return Batch(*(None if v is None else v.pin_memory() for v in self._values()))
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def positions_of(cu_seqlens_BC: Tensor, seq_len: int) -> Tensor:
+    """int64[B, seq_len]: the distance of each column to the last document bound at or before it."""
+    B = cu_seqlens_BC.shape[0]
+    if cu_seqlens_BC.is_cuda:
+        column_BT = torch.arange(seq_len, device=cu_seqlens_BC.device, dtype=torch.int32).expand(B, -1).contiguous()
+        last_BT = torch.searchsorted(cu_seqlens_BC, column_BT, right=True) - 1
+        return (column_BT - cu_seqlens_BC.gather(1, last_BT)).long()
+    bounds = cu_seqlens_BC.numpy().astype(np.int64) + np.arange(B)[:, None] * seq_len
+    return torch.from_numpy(_positions(np.unique(bounds), B, seq_len))
 
 
 def assemble(
@@ -61,27 +88,55 @@ def assemble(
     seq_len: int,
     document_mask: bool,
     vocab_size: int | None = None,
+    tools: RowTools | None = None,
 ) -> Batch:
     """Read the pieces of B rows, `sources[source_B[r]]` for row r, into one batch of [B, seq_len].
 
+    tools: memory that is used again, and compiled loops with the same results.
     A piece's last label is the next token of its document or stream; at a document's end -100 with `document_mask`,
     else the first token of the row's next piece. Raises SourceError for a token id outside 0 .. vocab_size - 1.
     """
-    B, T = len(source_B), seq_len
-    pieces = _Pieces.place(source_B, rows, T)
-    tokens, labels = np.empty(B * T, np.int64), np.empty(B * T, np.int64)
-    for r in np.flatnonzero(pieces.valid_B < T).tolist():
+    B, T, tools = len(source_B), seq_len, tools or RowTools()
+    tokens_BT, labels_BT = tools.pool.tensor(B * T), tools.pool.tensor(B * T)
+    tokens, labels = tokens_BT.numpy(), labels_BT.numpy()
+    cu_BC = fill_compiled(
+        tools, sources, source_B, rows, tokens, labels, document_mask=document_mask, vocab_size=vocab_size
+    )
+    if cu_BC is None:
+        pieces = _Pieces.place(source_B, rows, T)
+        cu_BC = _fill_plain(sources, pieces, tokens, labels, T, document_mask, vocab_size)
+    return Batch(
+        tokens_BT.view(B, T),
+        labels_BT.view(B, T),
+        torch.from_numpy(cu_BC),
+        torch.from_numpy(source_B.astype(np.int32)),
+        torch.from_numpy(ids_B.astype(np.int64)),
+    )
+
+
+def _fill_plain(
+    sources: Sequence[TokenSource],
+    pieces: _Pieces,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    T: int,
+    document_mask: bool,
+    vocab_size: int | None,
+) -> np.ndarray:
+    """Fill flat tokens and labels, int64[B * T]; returns cu_seqlens, int32[B, C]. The twin of `fill_compiled`."""
+    padded = np.flatnonzero(pieces.valid_B < T).tolist()
+    for r in padded:
         tokens[r * T + pieces.valid_B[r] : (r + 1) * T] = 0
-    last_label = _read_tokens(sources, pieces, tokens)
-    labels[:-1] = tokens[1:]
-    _mask_targets(sources, pieces, labels, last_label)
+    last_label = _read_tokens(sources, pieces, tokens, labels)
     last = pieces.at + pieces.lengths - 1
+    labels[last] = tokens[(last + 1) % tokens.size]
+    _mask_targets(sources, pieces, labels, last_label)
     if document_mask:
         labels[last] = last_label
     else:
         ended, followed = _document_joints(sources, pieces)
         labels[last] = np.where(ended, np.where(followed, labels[last], IGNORED), last_label)
-    for r in np.flatnonzero(pieces.valid_B < T).tolist():
+    for r in padded:
         labels[r * T + pieces.valid_B[r] : (r + 1) * T] = IGNORED
     given = _given_labels(sources, pieces, labels)
     _check_vocabulary(sources, pieces, (tokens, last_label, *given), vocab_size)
@@ -91,15 +146,8 @@ def assemble(
         # a piece starts afresh even where its document goes on in another row
         ends = np.union1d(ends, last + 1)
     else:
-        ends = np.arange(B) * T + pieces.valid_B
-    return Batch(
-        torch.from_numpy(tokens.reshape(B, T)),
-        torch.from_numpy(labels.reshape(B, T)),
-        torch.from_numpy(_positions(ends if document_mask else np.empty(0, np.int64), B, T)),
-        torch.from_numpy(_cu_seqlens(ends, pieces.valid_B, T)),
-        torch.from_numpy(source_B.astype(np.int32)),
-        torch.from_numpy(ids_B.astype(np.int64)),
-    )
+        ends = np.arange(len(pieces.valid_B)) * T + pieces.valid_B
+    return _cu_seqlens(ends, pieces.valid_B, T)
 
 
 @dataclass(frozen=True)
@@ -132,8 +180,11 @@ class _Pieces:
         return np.unique(self.source).tolist()
 
 
-def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.ndarray) -> np.ndarray:
-    """Fill the flat tokens; returns int64[P], the token behind each piece (-100 at the end of the source)."""
+def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Fill the flat tokens, and labels but for each piece's last.
+
+    Returns int64[P], the token behind each piece (-100 at the end of the source).
+    """
     last_label = np.full(len(pieces.at), IGNORED, np.int64)
     triples = zip(pieces.source.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), pieces.at.tolist())
     for p, (number, start, length, at) in enumerate(triples):
@@ -144,6 +195,7 @@ def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.nda
             last_label[p] = read[length]
         else:
             tokens[at : at + length] = source.read(start, start + length)
+        labels[at : at + length - 1] = tokens[at + 1 : at + length]  # while they are still in the cache
     return last_label
 
 

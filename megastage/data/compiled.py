@@ -1,6 +1,6 @@
-"""The two inner loops that numba may speed up. Each has a plain-Python twin with the same result beside its caller.
+"""Inner loops that numba may speed up. Each has a plain-Python twin with the same result beside its caller.
 
-numba is optional: `blend_period()` and `best_fit()` return the compiled function, or None where numba is missing or
+numba is optional: `blend_period()`, `best_fit()` and those of `compiled_rows` are None where numba is missing or
 switched off with the environment variable MEGASTAGE_NUMBA=0.
 """
 
@@ -31,20 +31,21 @@ def _numba() -> Any:
     return numba
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any] | None:
+def compile_loop(function: Callable[..., Any], *, nogil: bool = False) -> Callable[..., Any] | None:
+    """`function` compiled at its first call (and cached on disk), or None without numba."""
     numba = _numba()
     if numba is None:
         return None
     try:
-        return numba.njit(cache=True)(function)
+        return numba.njit(cache=True, nogil=nogil)(function)
     except RuntimeError:  # no writable place for the cache
-        return numba.njit(function)
+        return numba.njit(nogil=nogil)(function)
 
 
 @lru_cache(maxsize=1)
 def blend_period() -> Callable[..., Any] | None:
     """Compiled `(weights int64[k], period) -> (source int16[W], rank int32[W])`, k >= 2, or None."""
-    release_order, sweep = _compile(_release_order), _compile(_sweep)
+    release_order, sweep = compile_loop(_release_order), compile_loop(_sweep)
     if release_order is None or sweep is None:
         return None
 
@@ -57,7 +58,7 @@ def blend_period() -> Callable[..., Any] | None:
 @lru_cache(maxsize=1)
 def best_fit() -> Callable[..., Any] | None:
     """Compiled `(lengths int64[n] in falling order, capacity) -> bin int64[n]`, or None."""
-    return _compile(_best_fit)
+    return compile_loop(_best_fit)
 
 
 def _release_order(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 
 from megastage.data.batch import Batch, assemble
 from megastage.data.collective import Group
+from megastage.data.fetch import RowTools
 from megastage.data.index import DataIndex, DataStage, build_index
 from megastage.data.loader import Prefetcher
 from megastage.data.plan import Plan, Planner
@@ -39,6 +40,12 @@ class DataEngine:
         self._records = list(records)
         self._vocab_size, self._workers, self._depth = vocab_size, num_workers, prefetch_batches
         self._pin = pin_memory and torch.cuda.is_available()
+        running = [stage for stage in stages if stage.index in index.stages]
+        self._tools = RowTools.make(
+            index.sources.values(),
+            max((stage.global_batch_size * stage.seq_len for stage in running), default=0),
+            pin=self._pin,
+        )
         self._stage: DataStage | None = None
         self._planner: Planner | None = None
         self._loader: Prefetcher[Plan, Batch] | None = None
@@ -186,5 +193,6 @@ class DataEngine:
             seq_len=self._stage.seq_len,
             document_mask=self._stage.document_mask,
             vocab_size=self._vocab_size,
+            tools=self._tools,
         )
         return batch.pin_memory() if self._pin else batch

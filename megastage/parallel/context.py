@@ -49,7 +49,7 @@ class ContextGroup:
             batch,
             tokens_BT=cut(batch.tokens_BT),
             labels_BT=cut(batch.labels_BT),
-            positions_BT=cut(batch.positions_BT),
+            shard_positions_BT=cut(batch.positions_BT),
         )
 
     def ops(self, ops: Ops) -> Ops:

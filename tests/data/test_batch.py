@@ -6,7 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megastage.data.batch import Batch, assemble
+from megastage.data.batch import Batch, assemble, positions_of
+from megastage.data.buffers import BufferPool
+from megastage.data.compiled_rows import row_kernels
+from megastage.data.fetch import RowTools
 from megastage.data.order import Rows
 from megastage.data.sources.base import Part, SourceError, TokenSource
 
@@ -63,6 +66,17 @@ def slow(source, rows, T, mask):
     return out
 
 
+def both(sources, source_B, ids_B, rows, **kwargs):
+    """By the plain code, after it was shown that the compiled loops give the same."""
+    batch = assemble(sources, source_B, ids_B, rows, **kwargs)
+    kernels = row_kernels()
+    if kernels is not None:
+        compiled = assemble(sources, source_B, ids_B, rows, **kwargs, tools=RowTools(kernels=kernels))
+        for name in ("tokens_BT", "labels_BT", "positions_BT", "cu_seqlens_BC", "source_B", "ids_B"):
+            assert torch.equal(getattr(compiled, name), getattr(batch, name)), name
+    return batch
+
+
 def check(batch, source, rows, T, mask):
     C = batch.cu_seqlens_BC.shape[1]
     assert C & (C - 1) == 0
@@ -85,7 +99,7 @@ def test_streams_equal_the_slow_assembler(data):
     starts = data.draw(st.lists(st.integers(0, total - T), min_size=1, max_size=5))
     rows, mask = rows_of(*[[(start, T)] for start in starts]), data.draw(st.booleans())
     B = len(starts)
-    batch = assemble([source], np.zeros(B, np.int64), np.arange(B), rows, seq_len=T, document_mask=mask)
+    batch = both([source], np.zeros(B, np.int64), np.arange(B), rows, seq_len=T, document_mask=mask)
     check(batch, source, rows, T, mask)
 
 
@@ -110,13 +124,13 @@ def test_packed_documents_equal_the_slow_assembler(data):
         rows[-1].append((start, length))
     ragged, mask = rows_of(*rows), data.draw(st.booleans())
     B = len(rows)
-    batch = assemble([source], np.zeros(B, np.int64), np.arange(B), ragged, seq_len=T, document_mask=mask)
+    batch = both([source], np.zeros(B, np.int64), np.arange(B), ragged, seq_len=T, document_mask=mask)
     check(batch, source, ragged, T, mask)
 
 
 def test_a_hand_made_row():
     source = source_of([[5, 6, 7], [8, 9], [10, 11, 12, 13]], "stream")
-    batch = assemble([source], np.array([0]), np.array([41]), rows_of([(1, 6)]), seq_len=6, document_mask=True)
+    batch = both([source], np.array([0]), np.array([41]), rows_of([(1, 6)]), seq_len=6, document_mask=True)
     assert batch.tokens_BT.tolist() == [[6, 7, 8, 9, 10, 11]]
     assert batch.labels_BT.tolist() == [[7, -100, 9, -100, 11, 12]]
     assert batch.positions_BT.tolist() == [[0, 1, 0, 1, 0, 1]]
@@ -124,7 +138,7 @@ def test_a_hand_made_row():
     assert batch.cu_seqlens_BC.dtype == torch.int32
     assert batch.ids_B.tolist() == [41]
     assert batch.source_B.dtype == torch.int32
-    whole = assemble([source], np.array([0]), np.array([0]), rows_of([(1, 6)]), seq_len=6, document_mask=False)
+    whole = both([source], np.array([0]), np.array([0]), rows_of([(1, 6)]), seq_len=6, document_mask=False)
     assert whole.labels_BT.tolist() == [[7, 8, 9, 10, 11, 12]]
     assert whole.positions_BT.tolist() == [[0, 1, 2, 3, 4, 5]]
     assert whole.cu_seqlens_BC.tolist() == [[0, 6]]
@@ -134,17 +148,17 @@ def test_given_labels_are_kept_to_the_row_end_and_masked_between_documents():
     labels = np.array([6, 8, 9, 40, 11, 12, 13, -100])
     source = source_of([[5, 6], [8, 9], [10, 11, 12, 13]], "documents", labels=labels, units=[4, 8])
     rows = rows_of([(0, 4)], [(4, 4)])
-    batch = assemble([source], np.zeros(2, int), np.arange(2), rows, seq_len=4, document_mask=True)
+    batch = both([source], np.zeros(2, int), np.arange(2), rows, seq_len=4, document_mask=True)
     assert batch.labels_BT.tolist() == [[6, -100, 9, 40], [11, 12, 13, -100]]
     assert batch.positions_BT.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
-    open_ = assemble([source], np.zeros(2, int), np.arange(2), rows, seq_len=4, document_mask=False)
+    open_ = both([source], np.zeros(2, int), np.arange(2), rows, seq_len=4, document_mask=False)
     assert open_.labels_BT.tolist() == [[6, 8, 9, 40], [11, 12, 13, -100]]
 
 
 def test_sources_mix_row_by_row():
     a, b = source_of([[1, 2, 3, 4, 5]], "stream"), source_of([[6, 7], [8]], "documents")
     rows = rows_of([(0, 3)], [(2, 1), (0, 2)], [(1, 3)])
-    batch = assemble([a, b], np.array([0, 1, 0]), np.array([3, 4, 5]), rows, seq_len=3, document_mask=True)
+    batch = both([a, b], np.array([0, 1, 0]), np.array([3, 4, 5]), rows, seq_len=3, document_mask=True)
     assert batch.tokens_BT.tolist() == [[1, 2, 3], [8, 6, 7], [2, 3, 4]]
     assert batch.labels_BT.tolist() == [[2, 3, 4], [-100, 7, -100], [3, 4, 5]]
     assert batch.source_B.tolist() == [0, 1, 0]
@@ -173,7 +187,7 @@ def test_negative_tokens_are_refused():
 def test_split_gives_micro_batches_in_order():
     source = source_of([[1, 2, 3, 4, 5, 6, 7, 8, 9]], "stream")
     rows = rows_of(*[[(start, 2)] for start in range(5)])
-    batch = assemble([source], np.zeros(5, int), np.arange(5), rows, seq_len=2, document_mask=True)
+    batch = both([source], np.zeros(5, int), np.arange(5), rows, seq_len=2, document_mask=True)
     parts = batch.split(2)
     assert [len(part.ids_B) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.tokens_BT for part in parts]), batch.tokens_BT)
@@ -188,7 +202,54 @@ def test_nothing_grows_with_the_square_of_the_length():
     part = Part(np.ones(4 * T + 1, np.uint16), np.arange(64, 4 * T + 64, 64).clip(max=4 * T + 1))
     source = TokenSource([part], path="here", dataset_type="nanoset", kind="stream")
     rows = rows_of(*[[(r * T, T)] for r in range(4)])
-    batch = assemble([source], np.zeros(4, int), np.arange(4), rows, seq_len=T, document_mask=True)
+    batch = both([source], np.zeros(4, int), np.arange(4), rows, seq_len=T, document_mask=True)
+    assert batch.positions_BT.shape == (4, T)
     sizes = [getattr(batch, name).numel() for name in batch.__dataclass_fields__]
     assert max(sizes) == 4 * T
     assert batch.cu_seqlens_BC.shape == (4, 1024)
+
+
+def test_files_of_one_source_are_joined_also_by_compiled_loops():
+    docs = [[1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+    parts = [
+        Part(np.array(docs[0] + docs[1], np.int32), np.array([3, 7])),
+        Part(np.array(docs[2] + docs[3], np.int32), np.array([2, 7], np.uint64)),
+    ]
+    for kind in ("stream", "documents"):
+        source = TokenSource(parts, path="here", dataset_type="megatron", kind=kind)
+        for rows in (rows_of([(3, 4)], [(7, 4)]), rows_of([(5, 4)], [(9, 4)]), rows_of([(9, 3), (0, 2)], [(3, 4)])):
+            for mask in (True, False):
+                batch = both(
+                    [source], np.zeros(2, int), np.arange(2), rows, seq_len=5, document_mask=mask, vocab_size=15
+                )
+                check(batch, source, rows, 5, mask)
+
+
+@pytest.mark.skipif(row_kernels() is None, reason="numba is not installed")
+def test_plain_sources_are_read_by_the_compiled_loops(monkeypatch):
+    source = source_of([[1, 2, 3, 4, 5], [6, 7, 8]], "stream")
+    monkeypatch.setattr("megastage.data.batch._fill_plain", None)
+    assemble(
+        [source], np.zeros(1, int), np.arange(1), rows_of([(1, 6)]), seq_len=6, document_mask=True,
+        tools=RowTools(kernels=row_kernels()),
+    )  # fmt: skip
+
+
+def test_memory_is_lent_again_only_when_nobody_holds_it():
+    pool = BufferPool()
+    first = pool.tensor(1000)
+    kept = first.view(10, 100)[3:5]
+    address = first.data_ptr()
+    kept.fill_(7)
+    del first
+    second = pool.tensor(1000)
+    second.fill_(1)
+    assert second.data_ptr() != address
+    assert (kept == 7).all()
+    del kept
+    assert pool.tensor(1000).data_ptr() == address
+
+
+def test_positions_from_bounds():
+    cu_BC = torch.tensor([[0, 2, 5, 5], [0, 6, 6, 6]], dtype=torch.int32)
+    assert positions_of(cu_BC, 6).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,18 @@ class Part:
     loss_mask: np.ndarray | None = None
     labels: np.ndarray | None = None
     unit_ends: np.ndarray | None = None
+
+
+class FlatPart(NamedTuple):
+    """A plain part for compiled loops: unsigned tokens and int64 document ends, both read-only and contiguous.
+
+    base: its first token in the stream; behind: the token behind its last one, -100 at the end of the source.
+    """
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    base: int
+    behind: int
 
 
 class TokenSource:
@@ -131,6 +143,31 @@ class TokenSource:
             pieces.append(_slice(self._parts[first], name, start - base, end - base))
             start, first = end, first + 1
         return np.concatenate(pieces)
+
+    @cached_property
+    def flat_parts(self) -> list[FlatPart] | None:
+        """The parts as arrays for compiled loops; None when labels, masks, rows or unknown documents need more care."""
+        if self.has_labels or self.has_loss_mask:
+            return None
+        flat = []
+        for part, base in zip(self._parts, self._bounds):
+            tokens, ends = part.tokens, part.doc_ends
+            if tokens.ndim != 1 or not tokens.flags.c_contiguous or ends is None or part.unit_ends is not None:
+                return None
+            # negative numbers become larger than any vocabulary
+            tokens = tokens.view(np.dtype(f"<u{tokens.dtype.itemsize}"))
+            ends = np.ascontiguousarray(ends)
+            ends = ends.view(np.int64) if ends.dtype.itemsize == 8 else ends.astype(np.int64)
+            for values in (tokens, ends):
+                values.flags.writeable = False
+            stop = base + tokens.size
+            behind = int(self.read(stop, stop + 1)[0]) if stop < self.n_tokens else IGNORED
+            flat.append(FlatPart(tokens, ends, base, behind))
+        return flat
+
+    def part_of(self, positions: np.ndarray) -> np.ndarray:
+        """Number of the part that holds each token: int64[n] -> int64[n]."""
+        return np.searchsorted(self._starts, positions, "right") - 1
 
     @cached_property
     def n_documents(self) -> int | None:

@@ -1,0 +1,187 @@
+"""Rows of a batch in compiled loops, without Python's lock: the twin of the numpy code in `batch`, with equal results.
+
+Legend: B rows, T tokens of a row, P pieces, C document bounds. All arrays are int64 and contiguous unless said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megastage.data import compiled
+
+IGNORED = -100  # as the readers' constant; compiled code takes it as a literal
+NO_ENDS, PIECE_ENDS, ALL_ENDS = 0, 1, 2  # look for no document ends, for those at a piece's end, for all of them
+
+
+class RowKernels(NamedTuple):
+    """See `_fill`, `_finish` and `_bounds`."""
+
+    fill: Callable[..., int]
+    finish: Callable[..., int]
+    bounds: Callable[..., None]
+
+
+@lru_cache(maxsize=1)
+def row_kernels() -> RowKernels | None:
+    """The compiled loops, or None where numba is missing or switched off. Not yet compiled for any type: see `warm`."""
+    made = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds)]
+    return None if made[0] is None else RowKernels(*made)
+
+
+def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
+    """Compile (or load from numba's cache) for sources of these token types, all unsigned."""
+    none, mark, out, found = np.empty(0, np.int64), np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
+    ends = np.empty(0, np.int64)
+    ends.flags.writeable = False
+    for dtype in dtypes:
+        tokens = np.empty(0, dtype)
+        tokens.flags.writeable = False
+        kernels.fill(
+            tokens, ends, 0, -1, 0, none, mark, none, none, 1, ALL_ENDS, np.uint64(1), out, out, found, mark, none, none
+        )
+    kernels.finish(mark, none, none, none, none, 1, ALL_ENDS, out, out)
+    kernels.bounds(mark, found, none, none, none, np.empty((0, 1), np.int32))
+
+
+def _fill(
+    tokens: np.ndarray,
+    ends: np.ndarray,
+    base: int,
+    behind: int,
+    number: int,
+    source_B: np.ndarray,
+    offsets: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    T: int,
+    mode: int,
+    limit: int,
+    tokens_out: np.ndarray,
+    labels_out: np.ndarray,
+    found: np.ndarray,
+    n_found: np.ndarray,
+    first_P: np.ndarray,
+    count_P: np.ndarray,
+) -> int:
+    """Copy the pieces that lie in one file of source `number`: tokens, labels, document ends.
+
+    tokens: the file's, unsigned, read-only; ends: its document ends, read-only; base: its first token in the stream;
+    behind: the token behind it, or -100. offsets, starts, lengths: the rows. tokens_out, labels_out: [B * T].
+    found: int32, document ends inside pieces in row coordinates, from n_found[0] on; first_P, count_P: where those of
+    each piece are. A piece's own end counts as one in mode ALL_ENDS; in mode PIECE_ENDS count is 1 where a document
+    ends with the piece. Returns -1, or the number of a piece with a token of `limit` or more.
+    """
+    size = tokens.size
+    at_found = n_found[0]
+    bad = -1
+    for r in range(source_B.size):
+        if source_B[r] != number:
+            continue
+        column = 0
+        for p in range(offsets[r], offsets[r + 1]):
+            start, length = starts[p] - base, lengths[p]
+            if start < 0 or start >= size:
+                column += length
+                continue
+            at = r * T + column
+            piece = tokens[start : start + length]
+            out, label = tokens_out[at : at + length], labels_out[at : at + length]
+            for i in range(length):
+                out[i] = piece[i]
+            for i in range(length - 1):
+                label[i] = out[i + 1]
+            highest = piece[0]
+            for i in range(length):
+                highest = max(highest, piece[i])
+            top = np.uint64(highest)
+            if start + length < size:
+                label[length - 1] = tokens[start + length]
+                top = max(top, np.uint64(tokens[start + length]))
+            else:
+                label[length - 1] = behind
+            if top >= limit and bad < 0:
+                bad = p
+            first_P[p] = at_found
+            if mode != 0:
+                low, high = 0, ends.size  # the first end behind `start`
+                sought = start if mode == 2 else start + length - 1
+                while low < high:
+                    middle = (low + high) >> 1
+                    if ends[middle] <= sought:
+                        low = middle + 1
+                    else:
+                        high = middle
+                if mode == 1:
+                    count_P[p] = np.int64(low < ends.size and ends[low] == start + length)
+                else:
+                    last = start
+                    while low < ends.size and ends[low] <= start + length:
+                        if ends[low] != last:  # an empty document repeats an end
+                            last = ends[low]
+                            label[last - start - 1] = -100
+                            found[at_found] = column + last - start
+                            at_found += 1
+                        low += 1
+                    if last != start + length:
+                        found[at_found] = column + length
+                        at_found += 1
+                    count_P[p] = at_found - first_P[p]
+            column += length
+    n_found[0] = at_found
+    return bad
+
+
+def _finish(
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    count_P: np.ndarray,
+    valid_B: np.ndarray,
+    counts_B: np.ndarray,
+    T: int,
+    mode: int,
+    tokens_out: np.ndarray,
+    labels_out: np.ndarray,
+) -> int:
+    """Fill the padding, valid_B and counts_B (document ends of each row); returns the largest count.
+
+    In mode PIECE_ENDS the label of a document's last token is the first token of the row's next piece.
+    """
+    most = 1
+    for r in range(valid_B.size):
+        at = r * T
+        count = 0
+        for p in range(offsets[r], offsets[r + 1]):
+            at += lengths[p]
+            count += count_P[p]
+            if mode == 1 and count_P[p] == 1:
+                labels_out[at - 1] = tokens_out[at] if p + 1 < offsets[r + 1] else -100
+        valid_B[r] = at - r * T
+        counts_B[r] = count if mode == 2 else 1
+        most = max(most, counts_B[r])
+        for i in range(at, (r + 1) * T):
+            tokens_out[i] = 0
+            labels_out[i] = -100
+    return most
+
+
+def _bounds(
+    offsets: np.ndarray,
+    found: np.ndarray,
+    first_P: np.ndarray,
+    count_P: np.ndarray,
+    valid_B: np.ndarray,
+    cu_BC: np.ndarray,
+) -> None:
+    """Fill cu_BC int32[B, C]: 0, the row's document ends, then its valid length."""
+    for r in range(valid_B.size):
+        cu_BC[r, 0] = 0
+        column = 1
+        for p in range(offsets[r], offsets[r + 1]):
+            for i in range(first_P[p], first_P[p] + count_P[p]):
+                cu_BC[r, column] = found[i]
+                column += 1
+        cu_BC[r, column:] = valid_B[r]

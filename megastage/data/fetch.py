@@ -1,0 +1,99 @@
+"""How rows are read fast: compiled loops where numba is there and sources are plain, and memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megastage.data.buffers import BufferPool
+from megastage.data.compiled_rows import ALL_ENDS, NO_ENDS, PIECE_ENDS, RowKernels, row_kernels, warm
+from megastage.data.order import Rows
+from megastage.data.sources.base import IGNORED, TokenSource
+
+COMPILE_FROM = 1 << 18  # tokens a batch; smaller ones are read before numba is imported
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class RowTools:
+    """What `assemble` may use besides numpy. kernels: None, or the compiled loops; pool: where memory comes from."""
+
+    pool: BufferPool = field(default_factory=BufferPool)
+    kernels: RowKernels | None = None
+
+    @classmethod
+    def make(cls, sources: Iterable[TokenSource], batch_tokens: int, *, pin: bool = False) -> RowTools:
+        """With compiled loops, ready for these sources, when batches are large enough to be worth it."""
+        kernels = row_kernels() if batch_tokens >= COMPILE_FROM else None
+        if kernels is not None:
+            warm(kernels, {source.flat_parts[0].tokens.dtype for source in sources if source.flat_parts})
+        return cls(BufferPool(pin=pin), kernels)
+
+
+def fill_compiled(
+    tools: RowTools,
+    sources: Sequence[TokenSource],
+    source_B: np.ndarray,
+    rows: Rows,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    *,
+    document_mask: bool,
+    vocab_size: int | None,
+) -> np.ndarray | None:
+    """Fill tokens and labels, int64[B * T], and return cu_seqlens, int32[B, C].
+
+    None (and unspecified contents) where a source needs what only the plain code does, or holds a wrong token.
+    """
+    kernels, B = tools.kernels, len(source_B)
+    if kernels is None:
+        return None
+    T, P = len(tokens) // B, len(rows.starts)
+    source_B = np.ascontiguousarray(source_B, np.int64)
+    offsets, starts, lengths = (np.ascontiguousarray(values, np.int64) for values in rows)
+    found, n_found = tools.pool.array(len(tokens) if document_mask else 0, np.int32), np.zeros(1, np.int64)
+    first_P, count_P = np.zeros(P, np.int64), np.zeros(P, np.int64)
+    limit = np.uint64(_NO_LIMIT if vocab_size is None else vocab_size)
+    for number in [0] if len(sources) == 1 else np.unique(source_B).tolist():
+        source = sources[number]
+        touched = _touched(source, source_B == number, offsets, starts, lengths)
+        if touched is None:
+            return None
+        assert source.flat_parts is not None
+        mode = ALL_ENDS if document_mask else PIECE_ENDS if source.kind == "documents" else NO_ENDS
+        for p in touched:
+            part = source.flat_parts[p]
+            if part.behind != IGNORED and not 0 <= part.behind < limit:
+                return None
+            bad = kernels.fill(
+                part.tokens, part.ends, part.base, part.behind, number, source_B, offsets, starts, lengths, T, mode,
+                limit, tokens, labels, found, n_found, first_P, count_P,
+            )  # fmt: skip
+            if bad >= 0:
+                return None
+    valid_B, counts_B = np.empty(B, np.int64), np.empty(B, np.int64)
+    mode = ALL_ENDS if document_mask else PIECE_ENDS
+    most = kernels.finish(offsets, lengths, count_P, valid_B, counts_B, T, mode, tokens, labels)
+    cu_BC = np.empty((B, 1 << int(most).bit_length()), np.int32)
+    if not document_mask:
+        count_P = np.zeros(P, np.int64)
+    kernels.bounds(offsets, found, first_P, count_P, valid_B, cu_BC)
+    return cu_BC
+
+
+def _touched(
+    source: TokenSource, mine_B: np.ndarray, offsets: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> list[int] | None:
+    """The files that the source's pieces lie in; None where it is not plain, or a piece spans two files."""
+    parts = source.flat_parts
+    if parts is None:
+        return None
+    if len(parts) == 1:
+        return [0]
+    mine_P = np.repeat(mine_B, np.diff(offsets))
+    first = source.part_of(starts[mine_P])
+    if not np.array_equal(first, source.part_of(starts[mine_P] + lengths[mine_P] - 1)):
+        return None
+    return np.unique(first).tolist()
