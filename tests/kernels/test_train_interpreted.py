@@ -28,7 +28,7 @@ name = "long"
 start_step = 7
 seq_len = 64
 """
-OPS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy")
+OPS = ("flash_attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "optimizer")
 SMALL = ["--model.n_layers", "2", "--model.dim", "32", "--model.ffn_dim", "48"]
 
 
