@@ -13,11 +13,12 @@ from megastage.kernels._attention_common import (
     LOG2E,
     block_plan,
     cut_block,
-    keys_of_query,
     load_rows,
-    queries_of_key,
+    load_tile,
+    row_pointers,
     store_rows,
     tanh,
+    tile_bounds,
 )
 
 
@@ -60,61 +61,43 @@ def _probability(scores, lse2, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.
 
 
 @triton.jit
-def _dq_step(
-    q, dout, k, v, dq, lse2, delta, s, low, high, scale, softcap,
-    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of the scores of one block."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    p, t = _probability(scores, lse2[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    p, capped = _probability(scores, lse2[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32)
     ds = p * (dp - delta[:, None])
     if SOFTCAP:
-        ds = ds * (1.0 - t * t)
-    if MASKED:
-        seen = s[None, :] < high[:, None]
-        if HAS_LOW:
-            seen = seen & (s[None, :] >= low[:, None])
-        ds = tl.where(seen, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        ds = ds * (1.0 - capped * capped)
+    return ds
 
 
-@triton.jit(do_not_specialize=["q_offset", "window"])
+@triton.jit
 def attention_dq_kernel(
-    Q, K, V, DOUT, K_DESC, V_DESC, LSE2, DELTA, DQ, LOW, HIGH,
+    K_DESC, V_DESC, Q, K, V, DOUT, LSE2, DELTA, DQ, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_dt, stride_dh,
     stride_gb, stride_gt, stride_gh,
-    T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dq of BLOCK_M queries of one head; layouts as in the forward kernel."""
     tiles = tl.cdiv(T, BLOCK_M)
-    tile = tl.program_id(0) % tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
     bh = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
     h = bh % H
     kv_head = h // GROUPS
     b = (bh // H).to(tl.int64)
     start = tile * BLOCK_M
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
-    if DOCUMENTS:
-        low = tl.load(LOW + b * T + tl.minimum(t, last))
-        high = tl.load(HIGH + b * T + tl.minimum(t, last))
-        low_first = tl.load(LOW + b * T + start)
-        low_last = tl.load(LOW + b * T + last)
-        high_first = tl.load(HIGH + b * T + start)
-        high_last = tl.load(HIGH + b * T + last)
-    else:
-        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
-        low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
-        low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_N, CUT)
 
     h64 = h.to(tl.int64)
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -125,63 +108,74 @@ def attention_dq_kernel(
     lse2 = tl.load(LSE2 + row, mask=t < T, other=float("inf"))
     delta = tl.load(DELTA + row, mask=t < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    n = tl.arange(0, BLOCK_N)
-    for s in range(full_start, full_stop, BLOCK_N):
-        if TMA:
-            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-        else:
-            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
-            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
-        dq = _dq_step(
-            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
-        )
+    cut = tl.arange(0, CUT)
+    if TMA:
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = K_DESC.load([s, kv_head * stride_kh])
+            v = V_DESC.load([s, kv_head * stride_vh])
+            ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for _ in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    # the bounds of single rows are needed, and held in registers, only from here on
+    low = tl.load(LOW + tl.minimum(t, last))
+    high = tl.load(HIGH + tl.minimum(t, last))
     for i in range(cut_total):
-        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
-        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        dq = _dq_step(
-            q, dout, k, v, dq, lse2, delta, s + n, low, high, scale, softcap,
-            True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION,
-        )  # fmt: skip
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
+        ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
+        ds = tl.where(seen, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     base = DQ + b * stride_gb + h64 * stride_gh
     store_rows(base, start, stride_gt, T, dq * scale, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
-def _dkv_step(
-    q, dout, k, v, dk, dv, lse2, delta, t, low, high, scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _dkv_probability(
+    q, k, lse2, seen, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     """Scores are computed transposed, [keys, queries], so that they are left operands of both products."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p, tanh_scores = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    p, capped = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
     if MASKED:
-        seen = (t[None, :] < high[:, None]) & (t[None, :] >= low[:, None])
         p = tl.where(seen, p, 0.0)
-    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    return p, capped
+
+
+@triton.jit
+def _dkv_gradient(
+    p, capped, q, dk, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     ds = p * (dp - delta[None, :])
     if SOFTCAP:
-        ds = ds * (1.0 - tanh_scores * tanh_scores)
+        ds = ds * (1.0 - capped * capped)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["q_offset", "window"])
+@triton.jit
 def attention_dkv_kernel(
-    Q, K, V, DOUT, Q_DESC, DOUT_DESC, LSE2, DELTA, DK, DV, LOW, HIGH,
+    Q_DESC, DOUT_DESC, Q, K, V, DOUT, LSE2, DELTA, DK, DV, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_dt, stride_dh,
     stride_gb, stride_gs, stride_gh,
-    T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dk and dv of BLOCK_N keys of one key/value head, summed over its GROUPS query heads.
 
@@ -193,54 +187,74 @@ def attention_dkv_kernel(
     kv_heads = H // GROUPS
     kv_head = bh % kv_heads
     b = (bh // kv_heads).to(tl.int64)
-    s = start + tl.arange(0, BLOCK_N)
     last = tl.minimum(start + BLOCK_N, S) - 1
-    if DOCUMENTS:
-        low = tl.load(LOW + b * S + tl.minimum(s, last))
-        high = tl.load(HIGH + b * S + tl.minimum(s, last))
-        low_first = tl.load(LOW + b * S + start)
-        low_last = tl.load(LOW + b * S + last)
-        high_first = tl.load(HIGH + b * S + start)
-        high_last = tl.load(HIGH + b * S + last)
-    else:
-        low, high = queries_of_key(tl.minimum(s, last), T, q_offset, window, CAUSAL, WINDOWED)
-        low_first, high_first = queries_of_key(start, T, q_offset, window, CAUSAL, WINDOWED)
-        low_last, high_last = queries_of_key(last, T, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_M)
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_M, CUT)
 
     kv64 = kv_head.to(tl.int64)
+    q_base = Q + b * stride_qb
+    d_base = DOUT + b * stride_db
     k = load_rows(K + b * stride_kb + kv64 * stride_kh, start, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, True)
     v = load_rows(V + b * stride_vb + kv64 * stride_vh, start, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     m = tl.arange(0, BLOCK_M)
+    cut = tl.arange(0, CUT)
     for g in range(GROUPS):
         h = kv_head * GROUPS + g
-        q_base = Q + b * stride_qb + h.to(tl.int64) * stride_qh
-        d_base = DOUT + b * stride_db + h.to(tl.int64) * stride_dh
         row = (b * H + h) * T
-        for t in range(full_start, full_stop, BLOCK_M):
-            if TMA:
-                q = Q_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
-                dout = DOUT_DESC.load([b.to(tl.int32), h, t, 0]).reshape([BLOCK_M, BLOCK_D])
-            else:
-                q = load_rows(q_base, t, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, False)
-                dout = load_rows(d_base, t, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, False)
-            lse2 = tl.load(LSE2 + row + t + m)
-            delta = tl.load(DELTA + row + t + m)
-            dk, dv = _dkv_step(
-                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, False, SOFTCAP, PRECISION
-            )
+        if TMA:
+            q_row = (b * (stride_qb // stride_qt)).to(tl.int32)
+            d_row = (b * (stride_db // stride_dt)).to(tl.int32)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = Q_DESC.load([q_row + t, h * stride_qh])
+                lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = DOUT_DESC.load([d_row + t, h * stride_dh])
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                delta = tl.load(DELTA + row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+        else:
+            q_pointers = row_pointers(q_base + h.to(tl.int64) * stride_qh, full_start, stride_qt, BLOCK_M, BLOCK_D)
+            d_pointers = row_pointers(d_base + h.to(tl.int64) * stride_dh, full_start, stride_dt, BLOCK_M, BLOCK_D)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = load_tile(q_pointers, D, BLOCK_D)
+                lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = load_tile(d_pointers, D, BLOCK_D)
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                delta = tl.load(DELTA + row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+                q_pointers += BLOCK_M * stride_qt
+                d_pointers += BLOCK_M * stride_dt
+
+    # the bounds of single rows are needed, and held in registers, only from here on
+    s = tl.minimum(start + tl.arange(0, BLOCK_N), last)
+    low = tl.load(LOW + s)
+    high = tl.load(HIGH + s)
+    for g in range(GROUPS):
+        h = kv_head * GROUPS + g
+        row = (b * H + h) * T
         for i in range(cut_total):
-            t = cut_block(i, full_start, full_stop, cut_left, BLOCK_M)
-            q = load_rows(q_base, t, stride_qt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
-            dout = load_rows(d_base, t, stride_dt, low_first, high_last, BLOCK_M, D, BLOCK_D, True)
-            inside = (t + m >= low_first) & (t + m < high_last)
-            lse2 = tl.load(LSE2 + row + t + m, mask=inside, other=float("inf"))
-            delta = tl.load(DELTA + row + t + m, mask=inside, other=0.0)
-            dk, dv = _dkv_step(
-                q, dout, k, v, dk, dv, lse2, delta, t + m, low, high, scale, softcap, True, SOFTCAP, PRECISION
+            t = cut_block(i, full_start, full_stop, cut_left, CUT)
+            q = load_rows(
+                q_base + h.to(tl.int64) * stride_qh, t, stride_qt, low_first, high_last, CUT, D, BLOCK_D, True
             )
+            inside = (t + cut >= low_first) & (t + cut < high_last)
+            lse2 = tl.load(LSE2 + row + t + cut, mask=inside, other=float("inf"))
+            seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
+            p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
+            dout = load_rows(
+                d_base + h.to(tl.int64) * stride_dh, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True
+            )
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            delta = tl.load(DELTA + row + t + cut, mask=inside, other=0.0)
+            dk = _dkv_gradient(p, capped, q, dk, delta, dp, seen, True, SOFTCAP, PRECISION)
     offset = b * stride_gb + kv64 * stride_gh
     store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
     store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)

@@ -3,7 +3,8 @@
 Every mask here (causal, documents, sliding window, row length) lets query t see one interval of keys [low(t), high(t)),
 and lets key s be seen by one interval of queries; both bounds never decrease along the row. A tile of rows therefore
 needs only its first and last interval to know which blocks are empty, which are full and which are cut: full blocks run
-in a loop without any mask, cut ones in a second loop, empty ones in none.
+in a loop without any mask, cut ones in a second loop, empty ones in none. The bounds come from a small kernel of their
+own, so that the others know nothing of causality, documents and windows, and one compiled kernel serves them all.
 """
 
 from __future__ import annotations
@@ -16,119 +17,85 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 
 
-@triton.jit
-def keys_of_query(t, S, q_offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Interval of keys that query t sees in a row of one document."""
-    low = t * 0
-    high = low + S
-    position = t + q_offset
-    if CAUSAL:
-        high = tl.minimum(high, position + 1)
-    if WINDOWED:
-        low = tl.maximum(low, position - window + 1)
-        if not CAUSAL:
-            high = tl.minimum(high, position + window)
-    low = tl.minimum(low, S)
-    return low, tl.maximum(high, low)
+@triton.jit(do_not_specialize=["rows", "limit", "q_offset", "window", "entries"])
+def intervals_kernel(
+    CU, LOW, HIGH, stride_cu, rows, limit, q_offset, window, entries,
+    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, FOR_KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write, for each query (or key) of a row, the interval of keys (or queries) that it meets.
 
-
-@triton.jit
-def queries_of_key(s, T, q_offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Interval of queries that see key s in a row of one document."""
-    low = s * 0
-    high = low + T
-    t = s - q_offset
-    if CAUSAL:
-        low = tl.maximum(low, t)
-    if WINDOWED:
-        high = tl.minimum(high, t + window)
-        if not CAUSAL:
-            low = tl.maximum(low, t - window + 1)
-    low = tl.minimum(low, T)
-    return low, tl.maximum(high, low)
-
-
-@triton.jit
-def document_intervals_kernel(
-    CU,
-    LOW,
-    HIGH,
-    stride_cu,
-    rows,
-    limit,
-    q_offset,
-    window,
-    ENTRIES,
-    STEPS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    FOR_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write, for each query (or key) of a row of packed documents, the interval of keys (or queries) it meets.
-
-    CU: int32 [B, ENTRIES] ascending document bounds; LOW, HIGH: int32 [B, rows]; limit: length of the other side.
-    A binary search finds the document; a row outside all documents gets an empty interval.
+    CU: int32 [B, entries] ascending document bounds, or None for one document without bounds; LOW, HIGH: int32
+    [B, rows]; limit: length of the other side. A binary search of STEPS finds the document; a row outside all
+    documents gets an empty interval.
     """
     b = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = row if FOR_KEYS else row + q_offset
-    cu = CU + b * stride_cu
-    below = tl.zeros([BLOCK], tl.int32)  # number of bounds known to be <= position
-    above = tl.zeros([BLOCK], tl.int32) + ENTRIES
-    for _ in range(STEPS):
-        middle = (below + above) // 2
-        bound = tl.load(cu + tl.minimum(middle, ENTRIES - 1))
-        search = below < above
-        below = tl.where(search & (bound <= position), middle + 1, below)
-        above = tl.where(search & (bound > position), middle, above)
-    known = (below > 0) & (below < ENTRIES)
-    start = tl.load(cu + tl.maximum(below - 1, 0))
-    end = tl.load(cu + tl.minimum(below, ENTRIES - 1))
+    if CU is None:
+        known = row >= 0
+        start = tl.minimum(position, q_offset if FOR_KEYS else 0)
+        end = tl.maximum(position + 1, limit + q_offset if FOR_KEYS else limit)
+    else:
+        cu = CU + b * stride_cu
+        below = tl.zeros([BLOCK], tl.int32)  # number of bounds known to be <= position
+        above = tl.zeros([BLOCK], tl.int32) + entries
+        for _ in range(STEPS):
+            middle = (below + above) // 2
+            bound = tl.load(cu + tl.minimum(middle, entries - 1))
+            search = below < above
+            below = tl.where(search & (bound <= position), middle + 1, below)
+            above = tl.where(search & (bound > position), middle, above)
+        known = (below > 0) & (below < entries)
+        start = tl.load(cu + tl.maximum(below - 1, 0))
+        end = tl.load(cu + tl.minimum(below, entries - 1))
     low = start
     high = end
-    if FOR_KEYS:
-        if CAUSAL:
+    if CAUSAL:
+        if FOR_KEYS:
             low = tl.maximum(low, position)
-        if WINDOWED:
+        else:
+            high = tl.minimum(high, position + 1)
+    if WINDOWED:
+        if FOR_KEYS or not CAUSAL:
             high = tl.minimum(high, position + window)
-            if not CAUSAL:
-                low = tl.maximum(low, position - window + 1)
+        if not FOR_KEYS or not CAUSAL:
+            low = tl.maximum(low, position - window + 1)
+    # outside all documents: `start` is the last bound passed (or the first one to come), which keeps the order
+    low = tl.where(known, low, start)
+    high = tl.where(known, high, start)
+    if FOR_KEYS:
         low -= q_offset
         high -= q_offset
-        start -= q_offset
-    else:
-        if CAUSAL:
-            high = tl.minimum(high, position + 1)
-        if WINDOWED:
-            low = tl.maximum(low, position - window + 1)
-            if not CAUSAL:
-                high = tl.minimum(high, position + window)
-    # outside all documents: `start` is the last bound passed (or the first one to come), which keeps the order
-    low = tl.minimum(tl.maximum(tl.where(known, low, start), 0), limit)
-    high = tl.minimum(tl.maximum(tl.where(known, high, start), low), limit)
+    low = tl.minimum(tl.maximum(low, 0), limit)
+    high = tl.minimum(tl.maximum(high, low), limit)
     tl.store(LOW + b * rows + row, low, mask=row < rows)
     tl.store(HIGH + b * rows + row, high, mask=row < rows)
 
 
 @triton.jit
-def block_plan(low_first, low_last, high_first, high_last, BLOCK: tl.constexpr):
+def tile_bounds(LOW, HIGH, start, last):
+    """(low, high) of the first row of a tile and (low, high) of its last one."""
+    return tl.load(LOW + start), tl.load(HIGH + start), tl.load(LOW + last), tl.load(HIGH + last)
+
+
+@triton.jit
+def block_plan(low_first, high_first, low_last, high_last, BLOCK: tl.constexpr, CUT: tl.constexpr):
     """Split the interval union of a tile into blocks: returns (full_start, full_stop, cut_left, cut_total).
 
-    Full blocks start at full_start, a multiple of BLOCK before full_stop. Cut block i starts at `cut_block(i, ...)`.
+    Full blocks of BLOCK go from full_start to full_stop. Cut block i, of CUT, starts at `cut_block(i, ...)`.
     """
     full = tl.maximum(high_first - low_last, 0) // BLOCK
     full_start = tl.where(full > 0, low_last, low_first)
     full_stop = full_start + full * BLOCK
-    cut_left = (full_start - low_first + BLOCK - 1) // BLOCK
-    cut_right = (tl.maximum(high_last - full_stop, 0) + BLOCK - 1) // BLOCK
+    cut_left = (full_start - low_first + CUT - 1) // CUT
+    cut_right = (tl.maximum(high_last - full_stop, 0) + CUT - 1) // CUT
     return full_start, full_stop, cut_left, cut_left + cut_right
 
 
 @triton.jit
-def cut_block(i, full_start, full_stop, cut_left, BLOCK: tl.constexpr):
+def cut_block(i, full_start, full_stop, cut_left, CUT: tl.constexpr):
     """First element of the i-th cut block: those left of the full ones come first, then those on the right."""
-    return tl.where(i < cut_left, full_start, full_stop) + (i - cut_left) * BLOCK
+    return tl.where(i < cut_left, full_start, full_stop) + (i - cut_left) * CUT
 
 
 @triton.jit
@@ -149,6 +116,22 @@ def load_rows(
         return tl.load(pointers, mask=keep, other=0.0)
     if D < BLOCK_D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def row_pointers(base, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers of the tile that load_rows reads, for a loop that advances them."""
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    return base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + d[None, :])
+
+
+@triton.jit
+def load_tile(pointers, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile whose rows all exist; columns beyond D are 0."""
+    if D < BLOCK_D:
+        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     return tl.load(pointers)
 
 

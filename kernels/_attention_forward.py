@@ -10,50 +10,50 @@ from megastage.kernels._attention_common import (
     LOWEST,
     block_plan,
     cut_block,
-    keys_of_query,
     load_rows,
+    load_tile,
+    row_pointers,
     store_rows,
     tanh,
+    tile_bounds,
 )
 
 
 @triton.jit
-def _step(
-    q, k, v, acc, total, top, s, low, high, scale, softcap,
-    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold one block of keys into the running softmax; scores are in units of log2."""
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """(scores, factor): scores * factor is in units of log2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    factor = scale * LOG2E
     if SOFTCAP:
-        scores = tanh(scores * (scale / softcap), q.dtype == tl.float32)
-        factor = softcap * LOG2E
-    if MASKED:
-        seen = s[None, :] < high[:, None]
-        if HAS_LOW:
-            seen = seen & (s[None, :] >= low[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        return tanh(scores * (scale / softcap), q.dtype == tl.float32), softcap * LOG2E
+    return scores, scale * LOG2E
+
+
+@triton.jit
+def _fold(scores, factor, v, acc, total, top, PRECISION: tl.constexpr):
+    """Fold one block of keys into the running softmax.
+
+    `total` is [rows, 8]: the partial sums of every 8th column need no exchange between the threads of a row, which
+    each step would otherwise pay for; the caller adds them up at the end.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     p = tl.math.exp2(scores * factor - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
+    total = total * shrink[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["q_offset", "window"])
+@triton.jit
 def attention_forward_kernel(
-    Q, K, V, K_DESC, V_DESC, OUT, LSE, SINK, LOW, HIGH,
+    K_DESC, V_DESC, Q, K, V, OUT, LSE, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh,
-    T, S, H, GROUPS, q_offset, window, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M queries of one head.
 
@@ -62,28 +62,18 @@ def attention_forward_kernel(
     go through pointers, whose mask keeps keys outside the tile's interval (another's padding) out of the products.
     """
     tiles = tl.cdiv(T, BLOCK_M)
-    tile = tl.program_id(0) % tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
     bh = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # the longest rows first, for balance
     h = bh % H
     kv_head = h // GROUPS
     b = (bh // H).to(tl.int64)
     start = tile * BLOCK_M
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
-    if DOCUMENTS:
-        low = tl.load(LOW + b * T + tl.minimum(t, last))
-        high = tl.load(HIGH + b * T + tl.minimum(t, last))
-        low_first = tl.load(LOW + b * T + start)
-        low_last = tl.load(LOW + b * T + last)
-        high_first = tl.load(HIGH + b * T + start)
-        high_last = tl.load(HIGH + b * T + last)
-    else:
-        low, high = keys_of_query(tl.minimum(t, last), S, q_offset, window, CAUSAL, WINDOWED)
-        low_first, high_first = keys_of_query(start, S, q_offset, window, CAUSAL, WINDOWED)
-        low_last, high_last = keys_of_query(last, S, q_offset, window, CAUSAL, WINDOWED)
-    full_start, full_stop, cut_left, cut_total = block_plan(low_first, low_last, high_first, high_last, BLOCK_N)
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_N, CUT)
 
     k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -91,28 +81,41 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_SINK:
         top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * LOG2E, LOWEST)
-        total = tl.zeros([BLOCK_M], tl.float32) + 1.0
+        total = tl.zeros([BLOCK_M, 8], tl.float32) + 0.125
     else:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-    n = tl.arange(0, BLOCK_N)
-    for s in range(full_start, full_stop, BLOCK_N):
-        if TMA:
-            k = K_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = V_DESC.load([b.to(tl.int32), kv_head, s, 0]).reshape([BLOCK_N, BLOCK_D])
-        else:
-            k = load_rows(k_base, s, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, False)
-            v = load_rows(v_base, s, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, False)
-        acc, total, top = _step(
-            q, k, v, acc, total, top, s + n, low, high, scale, softcap, False, False, SOFTCAP, PRECISION
-        )
+        total = tl.zeros([BLOCK_M, 8], tl.float32)
+    cut = tl.arange(0, CUT)
+    if TMA:
+        # one row number for both: the host checks that K and V hold the same number of rows per batch element
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = K_DESC.load([s, kv_head * stride_kh])
+            v = V_DESC.load([s, kv_head * stride_vh])
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for _ in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    # the bounds of single rows are needed, and held in registers, only from here on
+    low = tl.load(LOW + tl.minimum(t, last))
+    high = tl.load(HIGH + tl.minimum(t, last))
     for i in range(cut_total):
-        s = cut_block(i, full_start, full_stop, cut_left, BLOCK_N)
-        k = load_rows(k_base, s, stride_ks, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_base, s, stride_vs, low_first, high_last, BLOCK_N, D, BLOCK_D, True)
-        acc, total, top = _step(
-            q, k, v, acc, total, top, s + n, low, high, scale, softcap, True, DOCUMENTS or WINDOWED, SOFTCAP, PRECISION
-        )
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
+        acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+    total = tl.sum(total, 1)
     empty = low >= high
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]

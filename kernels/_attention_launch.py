@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megastage.kernels import _attention_backward as backward_kernels
 from megastage.kernels import _attention_tuning as tuning
-from megastage.kernels._attention_common import document_intervals_kernel
+from megastage.kernels._attention_common import intervals_kernel
 from megastage.kernels._attention_forward import attention_forward_kernel
 from megastage.kernels._attention_reference import Geometry, sink_gradient
 
@@ -34,15 +34,15 @@ def forward(
     if q.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = (_rows(x) for x in (q, k, v))
-    tiles = _tiles("forward", q, (k, v))
-    shared = _shared(geometry, cu_seqlens, D, tiles, q.dtype)
+    tiles = _tiles("forward", q, (k, v), geometry.softcap > 0)
+    shared = _shared(geometry, D, tiles, q.dtype)
     with _device(q):
-        low, high = intervals(cu_seqlens, T, S, geometry, for_keys=False)
+        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         attention_forward_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
-            q, k, v, *_descriptors((k, v), tiles.block_n, tiles.tma), out, lse,
+            *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, out, lse,
             None if sink is None else sink.float().contiguous(), low, high,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            T, S, H, H // k.shape[2], geometry.q_offset, geometry.window, geometry.scale, geometry.softcap,
+            stride_bounds, T, S, H, H // k.shape[2], geometry.scale, geometry.softcap,
             HAS_SINK=sink is not None, **shared,
         )  # fmt: skip
     return out, lse
@@ -62,24 +62,24 @@ def backward(
     dout, q, k, v, out = (_rows(x) for x in (dout, q, k, v, out))
     lse2, delta = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(2))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    sizes = (T, S, H, H // K, geometry.q_offset, geometry.window, geometry.scale, geometry.softcap)
+    sizes = (T, S, H, H // K, geometry.scale, geometry.softcap)
     with _device(q):
         backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
             out, dout, lse, None if dlse is None else dlse.float().contiguous(), lse2, delta,
             *out.stride()[:3], *dout.stride()[:3], T, H,
             D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        tiles = _tiles("dq", q, (k, v))
+        tiles = _tiles("dq", q, (k, v), geometry.softcap > 0)
+        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
-            q, k, v, dout, *_descriptors((k, v), tiles.block_n, tiles.tma), lse2, delta, dq,
-            *intervals(cu_seqlens, T, S, geometry, for_keys=False),
-            *strides, *dq.stride()[:3], *sizes, **_shared(geometry, cu_seqlens, D, tiles, q.dtype),
+            *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
+            *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
         )  # fmt: skip
-        tiles = _tiles("dkv", q, (q, dout))
+        tiles = _tiles("dkv", q, (q, dout), geometry.softcap > 0)
+        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
         backward_kernels.attention_dkv_kernel[(triton.cdiv(S, tiles.block_n) * B * K,)](
-            q, k, v, dout, *_descriptors((q, dout), tiles.block_m, tiles.tma), lse2, delta, dk, dv,
-            *intervals(cu_seqlens, T, S, geometry, for_keys=True),
-            *strides, *dk.stride()[:3], *sizes, **_shared(geometry, cu_seqlens, D, tiles, q.dtype),
+            *_descriptors((q, dout), tiles.block_m, tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
+            *strides, *dk.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
         )  # fmt: skip
     if sink is not None:
         dsink = sink_gradient(lse, delta, sink).to(sink.dtype)
@@ -87,36 +87,42 @@ def backward(
 
 
 def intervals(
-    cu_seqlens: Tensor | None, T: int, S: int, geometry: Geometry, *, for_keys: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """int32 [B, S] of queries per key or [B, T] of keys per query; None without documents (known in closed form)."""
-    if cu_seqlens is None:
-        return None, None
+    cu_seqlens: Tensor | None, q: Tensor, S: int, geometry: Geometry, *, for_keys: bool
+) -> tuple[Tensor, Tensor, int]:
+    """(low, high, batch stride): int32 [B, T] keys per query, or [B, S] queries per key; one row without documents."""
+    T = q.shape[1]
     rows, limit = (S, T) if for_keys else (T, S)
-    B, entries = cu_seqlens.shape
-    low, high = (torch.empty((B, rows), dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
-    document_intervals_kernel[(triton.cdiv(rows, INTERVAL_BLOCK), B)](
-        cu_seqlens, low, high, cu_seqlens.stride(0), rows, limit, geometry.q_offset, geometry.window, entries,
+    B, entries = (1, 0) if cu_seqlens is None else cu_seqlens.shape
+    low, high = (torch.empty((B, rows), dtype=torch.int32, device=q.device) for _ in range(2))
+    intervals_kernel[(triton.cdiv(rows, INTERVAL_BLOCK), B)](
+        cu_seqlens, low, high, 0 if cu_seqlens is None else cu_seqlens.stride(0),
+        rows, limit, geometry.q_offset, geometry.window, entries,
         STEPS=entries.bit_length(), CAUSAL=geometry.causal, WINDOWED=geometry.window > 0, FOR_KEYS=for_keys,
         BLOCK=INTERVAL_BLOCK,
     )  # fmt: skip
-    return low, high
+    return low, high, 0 if cu_seqlens is None else rows
 
 
-def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor]) -> tuning.Tiles:
+def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor], softcap: bool) -> tuning.Tiles:
     bits = 32 if q.dtype == torch.float32 else 16
     arch = tuning.architecture(q.device.type, q.device.index)
-    tiles = tuning.lookup(kernel, arch, bits, max(16, triton.next_power_of_2(q.shape[3])))
-    return tiles._replace(tma=tiles.tma and all(_tma_fits(x) for x in streamed))
+    tiles = tuning.lookup(kernel, arch, bits, padded(q.shape[3]), softcap)
+    one, two = (_rows_per_batch(x) for x in streamed)
+    fits = one is not None and (one == two or (two is not None and kernel == "dkv"))
+    return tiles._replace(tma=tiles.tma and fits)
 
 
-def _shared(geometry: Geometry, cu_seqlens: Tensor | None, D: int, tiles: tuning.Tiles, dtype: torch.dtype) -> dict:
+def padded(D: int) -> int:
+    """Width of the tiles for head dimension D."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def _shared(geometry: Geometry, D: int, tiles: tuning.Tiles, dtype: torch.dtype) -> dict:
     """Compile-time arguments and launch options that the three main kernels have in common."""
-    exact = "ieee" if torch.version.hip else "tf32x3"
+    precision = tuning.precision("gfx942" if torch.version.hip else "", dtype == torch.float32)
     return {
-        "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "CAUSAL": geometry.causal, "WINDOWED": geometry.window > 0, "DOCUMENTS": cu_seqlens is not None,
-        "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": exact if dtype == torch.float32 else "tf32",
+        "D": D, "BLOCK_D": padded(D), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CUT": tiles.cut,
+        "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": precision,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True, **dict(tiles.options),
     }  # fmt: skip
 
@@ -126,24 +132,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) <= MAX_ROW_STRIDE else x.contiguous()
 
 
-def _tma_fits(x: Tensor) -> bool:
-    """TMA wants 16-byte aligned, non-zero strides; anything else goes through pointers."""
-    step = 16 // x.element_size()
-    aligned = all(n == 1 or (s > 0 and s % step == 0) for n, s in zip(x.shape[:3], x.stride()[:3]))
-    return aligned and x.data_ptr() % 16 == 0
+def _rows_per_batch(x: Tensor) -> int | None:
+    """Rows from one batch element to the next if TMA can read x as a matrix of rows, else None.
+
+    That takes 16-byte aligned rows that go on evenly from one batch element to the next.
+    """
+    rows, step = x.stride(1), 16 // x.element_size()
+    if rows <= 0 or rows % step or x.stride(0) % rows or x.data_ptr() % 16:
+        return None
+    return x.stride(0) // rows
 
 
 def _descriptors(tensors: tuple[Tensor, Tensor], rows: int, tma: bool) -> list[TensorDescriptor | None]:
-    """Descriptors of [B, rows, heads, D] tensors as [B, heads, rows, D], one head's rows per block."""
+    """Descriptors of [B, N, heads, D] tensors as matrices: row b * rows_per_batch + n, column head * its stride."""
     if not tma:
         return [None, None]
     found: list[TensorDescriptor | None] = []
     for x in tensors:
         B, N, heads, D = x.shape
-        unit = max(16, triton.next_power_of_2(D))  # any aligned stride will do for a dimension of size 1
-        strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])]
-        order = [strides[0], strides[2], strides[1], 1]
-        found.append(TensorDescriptor(x, [B, heads, N, D], order, [1, 1, rows, unit]))
+        shape = [(B - 1) * (x.stride(0) // x.stride(1)) + N, (heads - 1) * x.stride(2) + D]
+        found.append(TensorDescriptor(x, shape, [x.stride(1), 1], [rows, padded(D)]))
     return found
 
 

@@ -1,7 +1,7 @@
 """Tile shapes and launch options of the attention kernels, as data: tuning/flash_attention.json.
 
-Keyed by architecture, element width in bits, padded head dimension and kernel. An entry may hold an `options` table
-per Triton minor version under "triton" (the compilers differ in what they spill).
+Keyed by architecture, element width in bits, padded head dimension and kernel. An entry may hold changes for a Triton
+minor version under "triton" (the compilers differ in what they spill) and for softcap, which needs more registers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ MAX_HEAD_DIM = 256
 
 
 class Tiles(NamedTuple):
-    """block_m queries by block_n keys; tma: full blocks come through TMA descriptors; options: of the compiler."""
+    """block_m queries by block_n keys; cut: length of blocks that need a mask; tma: full blocks come by descriptor."""
 
     block_m: int
     block_n: int
+    cut: int
     num_warps: int
     num_stages: int
     tma: bool = False
@@ -36,15 +37,23 @@ def table() -> dict:
 
 
 @functools.cache
-def lookup(kernel: str, arch: str, bits: int, block_d: int) -> Tiles:
+def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = False) -> Tiles:
     """Entry for one kernel; smaller head dimensions than the table's smallest use that one."""
     heads = table()[arch][str(bits)]
     width = min(int(d) for d in heads if int(d) >= block_d)
     entry = dict(heads[str(width)][kernel])
     minor = ".".join(triton.__version__.split(".")[:2])
-    entry.update(entry.pop("triton", {}).get(minor, {}))
+    capped, compilers = entry.pop("softcap", {}), entry.pop("triton", {})
+    entry.update(compilers.get(minor, {}))
+    if softcap:
+        entry.update(capped)
     options = tuple(sorted(entry.pop("options", {}).items()))
     return Tiles(**{**entry, "tma": bool(entry.get("tma", False))}, options=options)
+
+
+def precision(arch: str, fp32: bool) -> str:
+    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on tensor cores."""
+    return "tf32" if not fp32 else "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
 @functools.cache

@@ -10,6 +10,8 @@ Triton kernels on GPUs (kernels/_attention_forward.py, _attention_backward.py), 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -161,6 +163,7 @@ def _backward(ctx, dout, dlse):
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@functools.cache
 def attended_pairs(T: int, S: int, causal: bool, q_offset: int, window: int) -> int:
     """Number of (query, key) pairs of one row of one document. Document bounds are data, so FLOP counts omit them."""
     total = 0

@@ -53,7 +53,7 @@ def test_triton_fp32(name):
     check(CASES[name], torch.float32, "triton")
 
 
-@pytest.mark.parametrize("name", ["prime", "documents", "everything", "window, full"])
+@pytest.mark.parametrize("name", ["prime", "everything"])
 def test_triton_fp16(name):
     check(CASES[name], torch.float16, "triton")
 
@@ -87,7 +87,7 @@ def test_torch_any_shape(case):
     check(case, torch.float32, "torch")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(cases())
 def test_triton_any_shape(case):
     check(case, torch.float32, "triton")
