@@ -11,6 +11,7 @@ Triton kernels on GPUs (kernels/_attention_forward.py, _attention_backward.py), 
 from __future__ import annotations
 
 import functools
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ MAX_HEAD_DIM = 256
 _OPTIONS = "bool causal, float scale, SymInt q_offset, SymInt window, float softcap, str backend"
 
 
+@overload
+def attention(
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cu_seqlens_BC: Tensor | None = ..., *, causal: bool = ...,
+    scale: float | None = ..., q_offset: int = ..., window: int | None = ..., softcap: float | None = ...,
+    sink_H: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cu_seqlens_BC: Tensor | None = ..., *, causal: bool = ...,
+    scale: float | None = ..., q_offset: int = ..., window: int | None = ..., softcap: float | None = ...,
+    sink_H: Tensor | None = ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q_BTHD: Tensor,
     k_BSKD: Tensor,
