@@ -14,9 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import DataStage, alone, in_turn, megatron_config, show, verdict, write_tokens
-
 import torch.distributed as dist
+from common import DataStage, alone, in_turn, megatron_config, show, verdict, write_tokens
 
 from megastage.data.engine import DataEngine
 from megastage.data.index import _describe

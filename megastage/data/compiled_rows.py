@@ -28,8 +28,10 @@ class RowKernels(NamedTuple):
 @lru_cache(maxsize=1)
 def row_kernels() -> RowKernels | None:
     """The compiled loops, or None where numba is missing or switched off. Not yet compiled for any type: see `warm`."""
-    made = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds)]
-    return None if made[0] is None else RowKernels(*made)
+    fill, finish, bounds = (compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds))
+    if fill is None or finish is None or bounds is None:
+        return None
+    return RowKernels(fill, finish, bounds)
 
 
 def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
@@ -43,7 +45,7 @@ def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
         kernels.fill(
             tokens, ends, 0, -1, 0, none, mark, none, none, 1, ALL_ENDS, np.uint64(1), out, out, found, mark, none, none
         )
-    kernels.finish(mark, none, none, none, none, 1, ALL_ENDS, out, out)
+    kernels.finish(mark, none, none, none, 1, ALL_ENDS, out, out)
     kernels.bounds(mark, found, none, none, none, np.empty((0, 1), np.int32))
 
 
@@ -140,13 +142,12 @@ def _finish(
     lengths: np.ndarray,
     count_P: np.ndarray,
     valid_B: np.ndarray,
-    counts_B: np.ndarray,
     T: int,
     mode: int,
     tokens_out: np.ndarray,
     labels_out: np.ndarray,
 ) -> int:
-    """Fill the padding, valid_B and counts_B (document ends of each row); returns the largest count.
+    """Fill the padding and valid_B; returns the largest number of document ends of a row.
 
     In mode PIECE_ENDS the label of a document's last token is the first token of the row's next piece.
     """
@@ -160,8 +161,8 @@ def _finish(
             if mode == 1 and count_P[p] == 1:
                 labels_out[at - 1] = tokens_out[at] if p + 1 < offsets[r + 1] else -100
         valid_B[r] = at - r * T
-        counts_B[r] = count if mode == 2 else 1
-        most = max(most, counts_B[r])
+        if mode == 2:
+            most = max(most, count)
         for i in range(at, (r + 1) * T):
             tokens_out[i] = 0
             labels_out[i] = -100
