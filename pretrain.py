@@ -5,25 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from megastage import logs, runtime
+from megastage import failure, logs, planning, runtime
 from megastage.config.load import load_config
 from megastage.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a training job; returns the exit code: 0 done, 2 for input that can't be used."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Run a training job; returns the exit code: 0 done, 2 for input that can't be used, 1 for a run that broke."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.setup(rank)
     job = None
     try:
-        cfg = load_config(sys.argv[1:] if argv is None else argv, int(os.environ.get("WORLD_SIZE", "1")))
+        cfg = load_config(sys.argv[1:] if argv is None else argv, world_size)
+        if cfg.memory_estimation.enable:
+            sys.stdout.write(planning.memory_report(cfg, world_size) + "\n" if rank == 0 else "")
+            return 0
+        comm = cfg.comm
+        traces = Path(cfg.job.dump_folder) / comm.save_traces_folder
+        runtime.record_collectives(comm.trace_buf_size, traces, comm.save_traces_file_prefix)
         job = runtime.start(cfg.comm.init_timeout_seconds, cfg.comm.train_timeout_seconds)
         Trainer(cfg, job).run()
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n" if rank == 0 else "")
-        return 2
-    job.close()
+        job.close()
+    except (Exception, KeyboardInterrupt) as error:
+        leads_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        return failure.report(error, rank=rank, leads_node=leads_node, store=job.store if job else None)
     return 0
 
 

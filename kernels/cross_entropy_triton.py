@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megastage.kernels.launch import settings, settings_for
 from megastage.kernels.registry import KernelSpec
+from megastage.kernels.tuning import table
 
 DEFAULT = {"block": 4096, "num_warps": 8}
 
@@ -106,9 +107,10 @@ def gate_specs(arch: str) -> list[KernelSpec]:
         ("cross_entropy_gradient", cross_entropy_gradient_kernel),
     )
     for op, fn in kernels:
-        config = settings(op, arch, torch.float32, 131072, DEFAULT)
-        types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
-        types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
-        constants = {"IGNORE": -100, "BLOCK": config["block"]}
-        specs.append(KernelSpec(op, "fp32 logits, bf16 out", arch, fn, types, constants, config["num_warps"], 3))
+        for W in table.dims(op, arch, 131072):
+            config = settings(op, arch, torch.float32, W, DEFAULT)
+            types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
+            types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
+            constants = {"IGNORE": -100, "BLOCK": config["block"]}
+            specs.append(KernelSpec(op, f"w{W}", arch, fn, types, constants, config["num_warps"], 3))
     return specs

@@ -22,9 +22,10 @@ def sum_of_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tenso
         return torch.zeros(())
     if len({x.device for x in tensors}) > 1:
         raise ValueError(f"the tensors lie on {sorted({str(x.device) for x in tensors})}: they must share one device")
-    kernel, plain = [], []
+    kernel: list[Tensor] = []
+    plain: list[Tensor] = []
     for x in tensors:
-        (kernel if use_triton(backend, x.device, "global_norm", x.dtype) else plain).append(x)
+        (kernel if use_triton(backend, x.device, "optimizer", x.dtype) else plain).append(x)
     parts = [sum_of_squares_op(kernel)] if kernel else []
     if plain:
         parts.append(sum_of_squares_reference(plain))

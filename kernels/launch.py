@@ -27,7 +27,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def settings(op: str, arch: str, dtype: torch.dtype, dim: int, default: dict[str, int]) -> dict[str, int]:
     """The kernel's default overlaid with the tuning table's entry for this architecture, dtype and size."""
-    return default | table.lookup(op, arch, TRITON_MINOR, dtype, dim)
+    return default | (table.FORCED.get(op) or table.lookup(op, arch, TRITON_MINOR, dtype, dim))
 
 
 def settings_for(op: str, x: Tensor, dim: int, default: dict[str, int]) -> dict[str, int]:

@@ -10,6 +10,7 @@ Letters: N tokens, D model width, V vocabulary rows of this rank; C x W one tile
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -169,7 +170,8 @@ class _Tiles:
     ):  # fmt: skip
         self.weight_VD, self.vocab_start, self.z_loss = weight_VD, vocab_start, z_loss
         self.chunk_tokens, self.chunk_vocab = chunk_tokens, chunk_vocab
-        self.group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+        name: Any = group_name  # operators take no process groups, so it crosses by the name torch knows it by
+        self.group = dist.distributed_c10d._resolve_process_group(name) if group_name else None
         if triton:
             from megastage.kernels import cross_entropy_triton as back_end
 

@@ -16,6 +16,7 @@ from megastage.kernels.dispatch import KERNEL_DTYPES, use_triton
 MASK32 = 0xFFFFFFFF
 
 
+@torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -45,11 +46,11 @@ def adamw_(
         if row[0].numel():
             groups[tuple(x.dtype for x in row)].append(row)
     for number, (dtypes, rows) in enumerate(groups.items()):
-        lists = [list(column) for column in zip(*rows)]
+        p, g, m, v = (list(column) for column in zip(*rows))
         device, odd = rows[0][0].device, [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
-        update = adamw_op if use_triton(backend, device, "adamw", (odd or dtypes)[0]) else adamw_reference_
+        update = adamw_op if use_triton(backend, device, "optimizer", (odd or dtypes)[0]) else adamw_reference_
         scalars = step_scalars(step, lr, betas, eps, weight_decay)
-        update(*lists, grad_scale, scalars, stochastic_rounding, (seed + 7919 * number) % 2**31)
+        update(p, g, m, v, grad_scale, scalars, stochastic_rounding, (seed + 7919 * number) % 2**31)
 
 
 def step_scalars(step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:

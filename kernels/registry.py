@@ -1,6 +1,6 @@
 """Every compiled form of every kernel that the package ships, so that all can be compiled and judged without a GPU.
 
-A kernel module `X_triton.py` (or a module that only lists, `X_specs.py`) offers `gate_specs(arch) -> list[KernelSpec]`:
+A kernel module `X_triton.py` (for attention `flash_attention_specs.py`) offers `gate_specs(arch) -> list[KernelSpec]`:
 what it would launch on that architecture in bf16, taken from the same tuning tables as the launch itself.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -30,7 +29,8 @@ class KernelSpec:
 
     signature: argument name to ahead-of-time type, "<type>[:16]" ("*bf16:16", "i32", "i64:16"; ":16" promises
     divisibility by 16, ":1" the constant 1, "None" an absent argument). constants: the tl.constexpr arguments.
-    tensor: the main loop works on tensor cores, so pipelining is judged. fast: part of the quick selection.
+    tensor: the main loop works on tensor cores, so pipelining is judged. scalar: works on small index arrays, so the
+    width of its loads is not judged. fast: part of the quick selection.
     """
 
     kernel: str
@@ -42,6 +42,7 @@ class KernelSpec:
     num_warps: int
     num_stages: int = 1
     tensor: bool = False
+    scalar: bool = False
     fast: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,8 +56,6 @@ def all_specs(architectures: Iterable[str] = ARCHITECTURES, *, fast: bool = Fals
     specs = []
     for module_name in MODULES:
         path = f"megastage.kernels.{module_name}"
-        if find_spec(path) is None:
-            continue
         module = import_module(path)
         for arch in architectures:
             specs += [spec for spec in module.gate_specs(arch) if spec.fast or not fast]

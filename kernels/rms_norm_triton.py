@@ -4,6 +4,8 @@ a program's rows and then over programs, in a fixed order."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from megastage.kernels.launch import multiprocessors, rows_of, settings, settings_for, warps_for
 from megastage.kernels.registry import KernelSpec
+from megastage.kernels.tuning import table
 
 MAX_DIM = 32768
 
@@ -119,17 +122,16 @@ def backward(
 
 def gate_specs(arch: str) -> list[KernelSpec]:
     specs = []
-    for D, add, fast in ((128, False, True), (4096, True, True), (4096, False, False), (8192, True, False)):
-        shape = {"D": D, "BLOCK": triton.next_power_of_2(D), "ADD": add}
-        for suffix, fn in (("", rms_norm_forward_kernel), ("_backward", rms_norm_backward_kernel)):
-            op = "rms_norm" + suffix
+    for suffix, fn in (("", rms_norm_forward_kernel), ("_backward", rms_norm_backward_kernel)):
+        op = "rms_norm" + suffix
+        for D, add in product(table.dims(op, arch, 128, 4096, 8192), (False, True)):
             config = settings(op, arch, torch.bfloat16, D, _default(D, backward=bool(suffix)))
             types = {name: "*bf16:16" for name in fn.arg_names if name.endswith("_ptr")}
             types |= {"rstd_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "N": "i32", "eps": "fp32"}
             types |= {"tiles_per_program": "i32"} | {n: "i32:16" for n in fn.arg_names if n.endswith("_stride")}
             if not add:
                 types |= {"residual_ptr": "None", "grad_total_ptr": "None"}
-            case = f"d{D}{' add' if add else ''}"
-            constants = shape | {"ROWS": config["rows"]}
+            constants = {"D": D, "BLOCK": triton.next_power_of_2(D), "ADD": add, "ROWS": config["rows"]}
+            case, fast = f"d{D}{' add' if add else ''}", (D, add) in ((128, False), (4096, True))
             specs.append(KernelSpec(op, case, arch, fn, types, constants, config["num_warps"], fast=fast))
     return specs

@@ -9,10 +9,11 @@ from megastage.kernels.dispatch import use_triton
 
 
 def rope_reference(x_BTHD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_BT: Tensor) -> Tensor:
-    """Rotate x [B, T, H, D] by the angles of `positions_BT`; tables are [positions, D/2] in fp32."""
+    """Rotate x [B, T, H, D] by the angles of `positions_BT`; tables are [positions, D/2] in fp32, arithmetic in fp32
+    (fp64 for fp64 input)."""
     cos = cos_PF[positions_BT][:, :, None, :]
     sin = sin_PF[positions_BT][:, :, None, :]
-    low, high = x_BTHD.to(cos.dtype).chunk(2, dim=-1)
+    low, high = x_BTHD.to(torch.promote_types(x_BTHD.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x_BTHD.dtype)
 
 

@@ -4,6 +4,8 @@ so slices of a fused projection need no copy."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from megastage.kernels.launch import settings, settings_for
 from megastage.kernels.registry import KernelSpec
+from megastage.kernels.tuning import table
 
 DEFAULT = {"heads": 16, "num_warps": 4}
 
@@ -88,7 +91,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def gate_specs(arch: str) -> list[KernelSpec]:
     specs = []
-    for D, inverse, fast in ((128, False, True), (128, True, True), (64, False, True), (80, False, False)):
+    for D, inverse in product(table.dims("rope", arch, 64, 80, 128), (False, True)):
         config = settings("rope", arch, torch.bfloat16, D, DEFAULT)
         types = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), "*bf16:16")
         types |= {"cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "positions_ptr": "*i64:16"}
@@ -99,5 +102,6 @@ def gate_specs(arch: str) -> list[KernelSpec]:
         constants = {"F": D // 2, "BLOCK": triton.next_power_of_2(D // 2), "INVERSE": inverse}
         constants |= {"HEADS": _heads(config, 32), "KV_HEADS": _heads(config, 8)}
         case = f"d{D}{' backward' if inverse else ''}"
+        fast = D in (64, 128)
         specs.append(KernelSpec("rope", case, arch, rope_kernel, types, constants, config["num_warps"], fast=fast))
     return specs

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megastage.kernels.launch import rows_of, settings, settings_for
 from megastage.kernels.registry import KernelSpec
+from megastage.kernels.tuning import table
 
 DEFAULT = {"block": 2048, "num_warps": 4}
 
@@ -78,7 +79,8 @@ def _launch(op: str, x_NF: Tensor) -> tuple[tuple[int, int], int, int]:
 def gate_specs(arch: str) -> list[KernelSpec]:
     specs = []
     for op, fn in (("swiglu", swiglu_forward_kernel), ("swiglu_backward", swiglu_backward_kernel)):
-        config = settings(op, arch, torch.bfloat16, 14336, DEFAULT)
-        types = {name: "*bf16:16" if name.endswith("_ptr") else "i32:16" for name in fn.arg_names}
-        specs.append(KernelSpec(op, "f14336", arch, fn, types, {"BLOCK": config["block"]}, config["num_warps"]))
+        for F in table.dims(op, arch, 14336):
+            config = settings(op, arch, torch.bfloat16, F, DEFAULT)
+            types = {name: "*bf16:16" if name.endswith("_ptr") else "i32:16" for name in fn.arg_names}
+            specs.append(KernelSpec(op, f"f{F}", arch, fn, types, {"BLOCK": config["block"]}, config["num_warps"]))
     return specs

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megastage import recompute
+from megastage import compiling, recompute
 from megastage.config.layout import pipeline_layers
 from megastage.config.schema import Config
+from megastage.describe import reshards
 from megastage.kernels import dispatch
 from megastage.loss import ModelPart
 from megastage.model.config import ModelConfig
@@ -68,14 +69,15 @@ def build_model(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, device: torch.d
             has_head=mesh.pp_rank == mesh.layout.pp - 1,
         ).to(dtype)
     tensor.apply(decoder, mesh.tp)
-    part = ModelPart(decoder, mesh.group("tp"), cfg.kernels.linear_cross_entropy)
-    reshard = cfg.parallelism.fsdp_reshard_after_forward
+    part = ModelPart(
+        decoder, mesh.group("tp"), cfg.kernels.linear_cross_entropy, not cfg.parallelism.disable_loss_parallel
+    )
     data.shard(
         part,
         mesh.fsdp,
         param_dtype=cfg.training.mixed_precision_param,
         reduce_dtype=cfg.training.mixed_precision_reduce,
-        reshard_after_forward=mesh.layout.pp == 1 if reshard == "default" else reshard == "always",
+        reshard_after_forward=reshards(cfg, mesh.layout),
     )
     part.to_empty(device=device)
     return Model(model_cfg, part, dict(decoder.named_parameters()), find_tied(model_cfg.tied_embeddings, mesh))
@@ -99,10 +101,18 @@ def make_runner(cfg: Config, model: Model, mesh: Mesh, stage: Stage, device: tor
 
 def fit_to_stage(cfg: Config, model: Model, stage: Stage, context: ContextGroup) -> None:
     """Give the model the stage's RoPE table, attention over the ranks that share a row, and recomputation."""
-    model.decoder.set_rope(stage.rope, stage.seq_len)
+    validated = cfg.validation.seq_len if cfg.validation.enable else 0
+    model.decoder.set_rope(stage.rope, max(stage.seq_len, validated))
     model.decoder.set_ops(context.ops(model_ops(cfg)))
     mode, option = stage.recompute
     table = cfg.activation_checkpoint
     recompute.apply(
-        model.decoder, mode, option, preserve_rng_state=table.preserve_rng_state, early_stop=table.early_stop
+        model.decoder,
+        mode,
+        option,
+        preserve_rng_state=table.preserve_rng_state,
+        early_stop=table.early_stop,
+        determinism_check=table.determinism_check,
+        debug=table.debug,
     )
+    compiling.apply(cfg, model.part, stage)

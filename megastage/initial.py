@@ -60,10 +60,11 @@ def _require_equal(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:
     problems = [
         f"{field.name} is {getattr(theirs, field.name)} in {path} and {getattr(ours, field.name)} in [model]"
         for field in fields(ModelConfig)
-        if field.name not in ("name", "rope", "init_std", "norm_eps")
-        and getattr(theirs, field.name) != getattr(ours, field.name)
+        if field.name not in ("name", "rope", "init_std") and getattr(theirs, field.name) != getattr(ours, field.name)
     ]
     if problems:
         raise ValueError(
             "checkpoint.initial_load_in_hf: the weights are of another model:\n  - " + "\n  - ".join(problems)
         )
+    if theirs.rope != ours.rope:
+        log.info("Note: the weights were trained with %s, [model] has %s", theirs.rope, ours.rope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -29,7 +30,15 @@ def setup(rank: int, stream: TextIO | None = None) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def step_line(record: Mapping[str, Any], steps: int) -> str:
+_COLORS = {"step": 31, "loss": 32, "grad_norm": 33, "tokens/s": 34, "mfu": 35, "memory": 36}  # ANSI foregrounds
+
+
+def colors_wanted(disabled: bool, stream: TextIO | None = None) -> bool:
+    """Whether step lines are coloured: on a terminal, unless metrics.disable_color_printing or NO_COLOR say no."""
+    return not disabled and "NO_COLOR" not in os.environ and (stream or sys.stdout).isatty()
+
+
+def step_line(record: Mapping[str, Any], steps: int, *, colors: bool = False) -> str:
     """One line for a completed update; `record` is the object that goes into metrics.jsonl."""
     width = len(str(steps))
     parts = [
@@ -43,7 +52,12 @@ def step_line(record: Mapping[str, Any], steps: int) -> str:
         f"memory {record['memory_gib']:.2f}GiB",
         f"data_wait {record['data_wait_s'] * 1e3:.1f}ms",
     ]
-    return "  ".join(parts)
+    return "  ".join(map(_paint, parts)) if colors else "  ".join(parts)
+
+
+def _paint(part: str) -> str:
+    code = _COLORS.get(part.split()[0])
+    return part if code is None else f"\x1b[{code}m{part}\x1b[39m"
 
 
 class Progress:

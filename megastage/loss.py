@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megastage.kernels.linear_cross_entropy import linear_cross_entropy
 from megastage.model.decoder import Decoder
-from megastage.parallel.collectives import gather_sequence
+from megastage.parallel.collectives import gather_sequence, sum_over
 
 
 class ModelPart(nn.Module):
@@ -21,24 +21,45 @@ class ModelPart(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, decoder: Decoder, tp_group: dist.ProcessGroup | None, backend: str = "auto") -> None:
+    def __init__(
+        self, decoder: Decoder, tp_group: dist.ProcessGroup | None, backend: str = "auto", loss_parallel: bool = True
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.tp_group = tp_group
         self.backend = backend
+        self.split_vocabulary = loss_parallel and tp_group is not None and tp_group.size() > 1
+        self.split_positions = not loss_parallel and tp_group is not None and tp_group.size() > 1
+        self.compiled_head: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor, labels_BT: Tensor) -> Tensor:
         hidden_BTD = self.decoder(x, positions_BT, cu_seqlens_BC)
         if not self.decoder.has_head:
             return hidden_BTD
+        head = self.head if self.compiled_head is None else self.compiled_head
+        return head(hidden_BTD, labels_BT)
+
+    def head(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The summed loss of final hidden states [B, T/tp, D].
+
+        Tensor-parallel ranks share the work by vocabulary: all positions, a slice of the head each; or, without loss
+        parallelism, by positions: their own, with the whole head gathered.
+        """
         head = self.decoder.output if self.decoder.output is not None else self.decoder.tok_embeddings
-        if self.tp_group is not None:
-            hidden_BTD = gather_sequence(hidden_BTD, self.tp_group)
-        return linear_cross_entropy(
+        weight_VD, group = self.decoder.head_weight(), self.tp_group
+        if self.split_positions:
+            assert group is not None
+            weight_VD = gather_sequence(weight_VD[None], group)[0]
+            labels_BT = labels_BT.chunk(group.size(), dim=1)[group.rank()]
+        elif self.split_vocabulary:
+            assert group is not None
+            hidden_BTD = gather_sequence(hidden_BTD, group)
+        loss = linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
-            self.decoder.head_weight(),
+            weight_VD,
             labels_BT.flatten(),
-            vocab_start=getattr(head, "vocab_start", 0),
-            group=self.tp_group,
+            vocab_start=getattr(head, "vocab_start", 0) if self.split_vocabulary else 0,
+            group=group if self.split_vocabulary else None,
             backend=self.backend,
         )
+        return sum_over(loss, group) if self.split_positions and group is not None else loss

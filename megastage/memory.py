@@ -71,7 +71,7 @@ def saved_bytes(
     recompute: tuple[str, str] = ("none", "2"),
     position: int = 0,
     compute: int = 2,
-    keep_gathered: bool = True,
+    keep_gathered: bool = False,
 ) -> int:
     """Bytes that one layer saves for backward, per token of this rank (one of its T / cp positions).
 
@@ -139,7 +139,7 @@ def estimate(
     recompute: tuple[str, str] = ("none", "2"),
     reshard: bool | None = None,
     loss_chunk_tokens: int = 1024,
-    keep_gathered: bool = True,
+    keep_gathered: bool = False,
     sizes: Bytes = Bytes(),
 ) -> tuple[Breakdown, ...]:
     """Peak memory of every pipeline rank.

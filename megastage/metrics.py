@@ -53,22 +53,32 @@ def _keep_until(path: Path, done_steps: int) -> None:
     os.replace(partial, path)
 
 
-class TensorBoard:
-    """Scalars under `folder`; needs the tensorboard extra."""
+def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a record but its step, those of nested objects as `outer/inner`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and (prefix or key != "step"):
+            found[prefix + key] = value
+    return found
 
-    def __init__(self, folder: Path) -> None:
+
+class TensorBoard:
+    """Scalars under `folder`; needs the tensorboard extra. A resumed run hides what it is going to write again."""
+
+    def __init__(self, folder: Path, done_steps: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
                 "metrics.enable_tensorboard = true needs the tensorboard package: pip install 'megastage[tensorboard]'"
             ) from error
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if done_steps else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(key, value, record["step"])
+        for key, value in scalars(record).items():
+            self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self.writer.close()
@@ -88,7 +98,8 @@ class Wandb:
         self.run = wandb.init(dir=str(folder), config=dict(config))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        words = {key: value for key, value in record.items() if isinstance(value, str)}
+        self.run.log({**words, **scalars(record)}, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megastage.model.decoder import Decoder, DecoderLayer
+from megastage.model.recompute_plan import recomputes
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -23,33 +24,40 @@ _KEPT = {
 }
 
 
-def apply(decoder: Decoder, mode: str, option: str, *, preserve_rng_state: bool, early_stop: bool) -> None:
+def apply(
+    decoder: Decoder,
+    mode: str,
+    option: str,
+    *,
+    preserve_rng_state: bool,
+    early_stop: bool,
+    determinism_check: str = "default",
+    debug: bool = False,
+) -> None:
     """Set every layer's recomputation; may be called again at a stage boundary.
 
     mode "none": keep everything. "full": each layer keeps its input only. "selective" with a number n: full on every
     n-th layer; with "op": keep attention, reduce-scatters and every second matrix product, recompute the rest.
-    Raises ValueError for an unknown mode or option.
+    The other arguments are those of torch.utils.checkpoint.checkpoint. Raises ValueError for an unknown mode or option.
     """
-    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state, early_stop=early_stop)
+    run: Callable[..., Tensor] = partial(
+        checkpoint,
+        use_reentrant=False,
+        preserve_rng_state=preserve_rng_state,
+        early_stop=early_stop,
+        determinism_check=determinism_check,
+        debug=debug,
+    )
+    if by_operation(mode, option):
+        run = partial(run, context_fn=_selective_contexts)
     for position, layer in enumerate(decoder.layers.values()):
         assert isinstance(layer, DecoderLayer)
-        layer.recompute = _choose(mode, option, position, run)
+        layer.recompute = run if recomputes(position, mode, option) else None
 
 
-def _choose(mode: str, option: str, position: int, run: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    if mode == "none":
-        return None
-    if mode == "full":
-        return run
-    if mode != "selective":
-        raise ValueError(f'activation_checkpoint.mode = "{mode}": use "none", "selective" or "full"')
-    if option == "op":
-        return partial(run, context_fn=_selective_contexts)
-    if not option.isdigit() or int(option) < 1:
-        raise ValueError(
-            f'activation_checkpoint.selective_ac_option = "{option}": use "op" or a positive number as a string'
-        )
-    return run if position % int(option) == 0 else None
+def by_operation(mode: str, option: str) -> bool:
+    """Whether a layer keeps some of its operations' results instead of none."""
+    return (mode, option) == ("selective", "op")
 
 
 def _selective_contexts() -> Any:

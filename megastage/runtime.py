@@ -9,19 +9,28 @@ import gc
 import os
 import random
 import signal
+import tempfile
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megastage.logs import log
+
+LONG_S = 1800  # for what one rank does while the others wait: reading an index, writing files
 
 
 @dataclass
 class Runtime:
     """Where this process stands. `control` is a gloo group of all ranks for small CPU tensors and agreement;
-    `checkpoint` is another, so that a save in the background never interleaves with training's collectives."""
+    `checkpoint` is another, so that a save in the background never interleaves with training's collectives.
+    `store` is a few keys that all ranks share, also when their connections are gone."""
 
     rank: int
     world_size: int
@@ -29,6 +38,7 @@ class Runtime:
     device: torch.device
     control: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
+    store: dist.Store
     stop_signal: int = 0
     _old_handlers: dict[int, object] = field(default_factory=dict)
 
@@ -45,6 +55,12 @@ class Runtime:
 
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             self._old_handlers[signum] = signal.signal(signum, request)
+
+    def set_timeout(self, seconds: float) -> None:
+        """The timeout of every collective of training from here on; `control` and `checkpoint` keep their long one."""
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not self.control and group is not self.checkpoint:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave together: a rank that tears its groups down early can fail its peers' last collective.
@@ -76,20 +92,20 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
             )
         torch.cuda.set_device(local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    if not dist.is_initialized():
-        _init_process_group(device, timedelta(seconds=init_timeout_s))
-    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, 1800))
+    store = _init_process_group(device, timedelta(seconds=init_timeout_s))
+    long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store)
 
 
-def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-        return
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
+        return alone
     # torchrun keeps one store across restarts; without a name per attempt, gloo meets the dead attempt's addresses.
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -97,6 +113,22 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     dist.init_process_group(
         backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )
+    return prefixed
+
+
+def make_writable(path: str, key: str, is_main: bool) -> None:
+    """Make the folder that `key` names, on rank 0. Raises ValueError where it can't be made or written to."""
+    if not is_main:
+        return
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'{key} = "{path}": can\'t be written to ({error.strerror}); name a folder that this user may write to'
+        ) from None
 
 
 def seed_everything(seed: int) -> None:
@@ -112,6 +144,26 @@ def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+def collect_young(*, report: bool) -> None:
+    """Collect the two young generations of objects; `report` logs how many were garbage and how long it took."""
+    began = time.perf_counter()
+    found = gc.collect(1)
+    if report:
+        log.info("Garbage collection: %d objects in %.1f ms", found, (time.perf_counter() - began) * 1e3)
+
+
+def record_collectives(entries: int, folder: Path, prefix: str) -> None:
+    """Have torch's flight recorder keep the last `entries` collectives, and write them to FOLDER/PREFIX<rank> on a
+    timeout. Call before `start`; what already stands in the environment is left as it is. entries 0: off."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(entries))
+    if entries == 0:
+        return
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / prefix))
+    if torch.cuda.is_available():
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def collect_garbage(device: torch.device) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import gc
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megastage import boundary, flops, logs, startup
+from megastage import boundary, export, flops, logs, resume, startup, validation
 from megastage.config.schema import Config
 from megastage.data.batch import Batch
 from megastage.logs import log
 from megastage.metrics import Sink, memory_gib
-from megastage.optim import clip_gradients, gradient_norm
+from megastage.optim import clip_scale, gradient_norm
 from megastage.parallel.context import ContextGroup
 from megastage.parallel.pipeline import Runner
-from megastage.runtime import Runtime
+from megastage.profiling import Profiling
+from megastage.runtime import Runtime, collect_young
 from megastage.schedule import Schedule
 from megastage.stages import Stage, lookup
 
@@ -42,30 +44,42 @@ class Trainer:
         self.step = parts.step
         self.peak_flops = flops.peak_flops(device_name(runtime.device))
         self.sinks: list[Sink] = startup.open_sinks(cfg, runtime, self.step)
+        self.profiling = Profiling(cfg, runtime, self.step)
+        self.warm = False
+        self.colors = logs.colors_wanted(cfg.metrics.disable_color_printing)
         startup.log_plan(cfg, runtime, parts)
 
     def run(self) -> None:
         """Train to the last step, or to a signal to stop. The newest state is on disk when this returns."""
         cfg, steps = self.cfg, self.cfg.training.steps
+        if cfg.checkpoint.create_seed_checkpoint:
+            self.save()
+            self.close()
+            return
         self.runtime.watch_signals()
         gc.disable()  # collections at their own pace stall one rank and so all: collect together instead
         progress = logs.Progress(self.step, steps, enabled=self.runtime.is_main)
         current: Stage | None = None
         stop = False
-        while self.step < steps and not stop:
-            stage = lookup(self.stages, self.step)
-            if stage is not current:
-                boundary.apply(self, stage)
-                current = stage
-            record, stop = self.train_step()
-            progress.update(record)
-            self.report(record)
-            if self.due_for_checkpoint() or stop:
-                self.save()
-            if self.step % cfg.training.gc_freq == 0:
-                gc.collect(1)
+        with self.profiling.watch():
+            while self.step < steps and not stop:
+                stage = lookup(self.stages, self.step)
+                if stage is not current:
+                    self.expect_slow_update()
+                    boundary.apply(self, stage)
+                    current = stage
+                record, stop = self.train_step()
+                progress.update(record)
+                self.validate(record)
+                self.report(record)
+                if self.due_for_checkpoint() or stop:
+                    self.save()
+                self.after_step()
         progress.close()
         gc.enable()
+        target = cfg.checkpoint.export
+        if target is not None and self.step >= steps and not export.exists(target, self.runtime):
+            self.export(Path(target))
         if stop:
             log.info("Stopped by a signal after step %d%s", self.step, "; saved" if self.checkpoints else "")
         self.close()
@@ -81,12 +95,13 @@ class Trainer:
         scale = self.mesh.data.size() / max(valid, 1)  # FSDP averages gradients over the data ranks
         loss_sum = self.runner.step(batch, scale)
         self.model.tied.sum_gradients(self.model.parameters)
-        norm = gradient_norm(self.model.parameters, self.mesh, self.model.tied.counted_elsewhere)
-        clip_gradients(self.model.parameters, norm, self.cfg.training.max_norm)
+        norm = gradient_norm(
+            self.model.parameters, self.mesh, self.model.tied.counted_elsewhere, self.cfg.kernels.optimizer
+        )
         loss, model_flops, stop = self.reduce(loss_sum, valid, len(batch.ids_B), pairs)
         self.refuse_non_finite(loss, norm.item())
         lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
-        self.optimizer.step(lr, weight_decay)
+        self.optimizer.step(lr, weight_decay, clip_scale(norm, self.cfg.training.max_norm))
         self.step += 1
         step_s = time.perf_counter() - began
         rows_tokens = self.stage.global_batch_size * self.stage.seq_len
@@ -108,6 +123,27 @@ class Trainer:
             "weight_decay": weight_decay,
         }
         return record, stop
+
+    def validate(self, record: dict[str, Any]) -> None:
+        """Put the loss on held-out data into the record of the update after which it is due."""
+        validator = self.parts.validator
+        if validator is not None and validator.due(self.step, self.stage):
+            record["validation"] = result = validator.run(self.model, self.mesh, self.context)
+            log.info(validation.line(self.step, self.cfg.training.steps, result))
+
+    def expect_slow_update(self) -> None:
+        """Before a stage's first update, which connects and compiles: the timeout of start-up."""
+        self.runtime.set_timeout(self.cfg.comm.init_timeout_seconds)
+        self.warm = False
+
+    def after_step(self) -> None:
+        """Garbage, traces, and after a stage's first update the timeout of training."""
+        self.profiling.step()
+        if self.step % self.cfg.training.gc_freq == 0:
+            collect_young(report=self.cfg.training.gc_debug)
+        if not self.warm:
+            self.warm = True
+            self.runtime.set_timeout(self.cfg.comm.train_timeout_seconds)
 
     def count_valid(self, batch: Batch) -> int:
         """Labels of the global batch that count: the loss is the mean over them."""
@@ -143,7 +179,7 @@ class Trainer:
         step = record["step"]
         edge = step in (self.stage.start_step + 1, self.stage.end_step)
         if step % self.cfg.metrics.log_freq == 0 or edge:
-            log.info(logs.step_line(record, self.cfg.training.steps))
+            log.info(logs.step_line(record, self.cfg.training.steps, colors=self.colors))
         for sink in self.sinks:
             sink.write(record)
 
@@ -158,13 +194,23 @@ class Trainer:
 
     def save(self) -> None:
         """Write step-N, N completed updates, with the stage and position of update N."""
-        if self.checkpoints is None or self.cfg.checkpoint.load_only:
+        settings = self.cfg.checkpoint
+        if self.checkpoints is None or settings.load_only:
+            return
+        if settings.last_save_in_hf and self.step == self.cfg.training.steps:
+            target = self.checkpoints.root / f"step-{self.step}.hf"
+            export.set_aside(target, self.runtime)
+            self.export(target)
             return
         began = time.perf_counter()
-        stage = lookup(self.stages, self.step)
-        state = startup.train_state(self.cfg, self.parts, self.step, stage)
-        self.checkpoints.save(self.step, startup.tensors_to_save(self.model, self.optimizer), state)
+        resume.save(self.cfg, self.parts, self.step, lookup(self.stages, self.step))
         log.info("Saved checkpoint step-%d (%.2f s stalled)", self.step, time.perf_counter() - began)
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder."""
+        stage, tokenizer = lookup(self.stages, self.step), self.parts.tokenizer
+        eos_id = None if tokenizer is None else tokenizer.eos_id
+        export.write(self.cfg, self.runtime, self.mesh, self.model, stage, folder, eos_id)
 
     def close(self) -> None:
         """Finish a save under way and release files and workers."""

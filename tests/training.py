@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import pretrain  # here and not in the ranks: they are forked, and share what is imported
 from ranks import run_ranks
 
 VOCAB = 2048
@@ -36,8 +37,6 @@ def write_nanoset(folder: Path, tokens: int, seed: int, mean_document: int = 200
 
 
 def _rank(argv: list[str]) -> None:
-    import pretrain
-
     code = pretrain.main(argv)
     assert code == 0, f"exit code {code}"
 

@@ -46,12 +46,15 @@ def main() -> int:
 
 
 def write(folder: Path, documents: Iterable[str], limit_bytes: int) -> tuple[int, int]:
-    """Deal documents to SHARDS jsonl files until `limit_bytes` of text are written: (documents, bytes)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Deal documents to SHARDS jsonl files until `limit_bytes` of text are written: (documents, bytes).
+
+    The folder appears when all of them are complete.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     count = size = 0
     seen: set[str] = set()
-    paths = [folder / f"{shard:02d}.jsonl" for shard in range(SHARDS)]
-    files = [open(path, "w", encoding="utf-8", newline="\n") for path in paths]  # noqa: SIM115
+    temporary = [folder.with_name(f".{folder.name}-{shard:02d}.tmp") for shard in range(SHARDS)]
+    files = [open(path, "w", encoding="utf-8", newline="\n") for path in temporary]  # noqa: SIM115
     for text in documents:
         text = text.strip()
         if not text or text in seen:
@@ -64,6 +67,9 @@ def write(folder: Path, documents: Iterable[str], limit_bytes: int) -> tuple[int
             break
     for file in files:
         file.close()
+    folder.mkdir(exist_ok=True)
+    for shard, path in enumerate(temporary):
+        os.replace(path, folder / f"{shard:02d}.jsonl")
     return count, size
 
 

@@ -9,6 +9,8 @@ an entry counts for sizes up to the next listed one. Without a fitting entry the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
+FORCED: dict[str, dict[str, int]] = {}
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -47,3 +50,18 @@ def lookup(op: str, arch: str, triton_minor: str, dtype: torch.dtype, dim: int) 
         return {}
     best = max(fits, key=lambda entry: (entry["triton"] == triton_minor, entry["dim"]))
     return dict(best["config"])
+
+
+@contextmanager
+def forced(op: str, config: dict[str, int]) -> Iterator[None]:
+    """Within it, launches of `op` take this configuration: for the tuner, which must try it before it is written."""
+    FORCED[op] = config
+    try:
+        yield
+    finally:
+        del FORCED[op]
+
+
+def dims(op: str, arch: str, *usual: int) -> list[int]:
+    """The sizes at which `op` must compile on `arch`: the usual ones and every one that the table names."""
+    return sorted({*usual, *(entry["dim"] for entry in entries(op) if entry["arch"] == arch)})

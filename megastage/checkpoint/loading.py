@@ -81,6 +81,26 @@ def load_initial(
     one is an error here. model_only loads only the keys below `model`.
     """
     ranks = Ranks(group)
+    only = ("model",) if model_only else None
+    return load_folder(_choose(path, ranks), tensors, ranks, only=only, exclude=exclude)
+
+
+def initial_train_state(path: str | Path, *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """The train state of what `load_initial` would load, without its tensors (collective)."""
+    ranks = Ranks(group)
+    folder = _choose(path, ranks)
+    state, error = None, None
+    if ranks.is_main:
+        try:
+            state = read_train_state(folder, read_manifest(folder))
+        except Exception as caught:
+            error = caught
+    ranks.agree(error)
+    return ranks.broadcast(state)
+
+
+def _choose(path: str | Path, ranks: Ranks) -> Path:
+    """A checkpoint itself, or the newest of a folder of them, as rank 0 sees it."""
     root = Path(path)
     chosen, error = None, None
     if ranks.is_main:
@@ -91,8 +111,7 @@ def load_initial(
         else:
             error = ValueError(f"{root} is neither a checkpoint (no {MANIFEST}) nor a folder with step-N checkpoints")
     ranks.agree(error)
-    only = ("model",) if model_only else None
-    return load_folder(Path(ranks.broadcast(chosen)), tensors, ranks, only=only, exclude=exclude)
+    return Path(ranks.broadcast(chosen))
 
 
 def verify_folder(folder: Path, ranks: Ranks) -> Manifest:

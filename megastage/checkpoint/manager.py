@@ -132,6 +132,9 @@ class CheckpointManager:
 
         Damaged ones on the way are renamed step-N.bad-K. With load_step >= 0 only that one is looked at: ValueError if
         it does not exist, BadCheckpoint if it is damaged. The tensors' bytes are verified by `load`.
+
+        Raises CheckpointFailed when there are damaged checkpoints but no good one: a run must not silently start from
+        scratch.
         """
         self.wait()
         if load_step >= 0:
@@ -173,15 +176,13 @@ class CheckpointManager:
         """Load the newest checkpoint whose every byte is right; (step, train state), or None in a fresh folder.
 
         Bad ones are reported, renamed step-N.bad-K, and the next older is tried. With load_step >= 0 only that one is
-        tried. Raises CheckpointFailed when there are damaged checkpoints but no good one: a run must not silently
-        start from scratch.
+        tried. Raises as `latest_good` does.
         """
         wanted = tensors() if callable(tensors) else tensors
         exclude = tuple(exclude)
         while True:
             step = self.latest_good(load_step)
             if step is None:
-                self._main_only(self._refuse_if_all_bad)
                 return None
             try:
                 return step, self.load(step, wanted, exclude=exclude)
@@ -262,6 +263,7 @@ class CheckpointManager:
                 logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
             except BadCheckpoint as error:
                 self._set_bad(step, error)
+        self._refuse_if_all_bad()
         return None
 
     def _check(self, step: int) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 
 from megastage.config.errors import show
 from megastage.config.layout import Layout, layout_problems, pipeline_layers
 from megastage.config.model_choice import model_problems, rope_scaling_problems
 from megastage.config.schema import Config
 from megastage.config.stage import Stage
+from megastage.config.stage_data import folder_problems
 from megastage.config.stage_resolve import stage_problems
 from megastage.model.config import ModelConfig
 
@@ -21,6 +23,11 @@ _COMPILED = ("model", "loss")
 def check(cfg: Config, world_size: int) -> list[str]:
     """Every problem between keys on `world_size` ranks, one line each; empty when the run can start."""
     layout, problems = layout_problems(cfg, world_size)
+    if cfg.checkpoint.create_seed_checkpoint and world_size > 1:
+        problems.append(
+            f"checkpoint.create_seed_checkpoint = true: {world_size} ranks; start one process with every degree of "
+            "[parallelism] at 1, any layout can go on from what it writes"
+        )
     return list(dict.fromkeys([*problems, *_problems(cfg, layout)]))
 
 
@@ -74,13 +81,25 @@ def _choice_problems(cfg: Config) -> list[str]:
         for name in cfg.compile.components
         if name not in _COMPILED
     ]
+    problems += _checkpoint_problems(cfg)
+    profiling = cfg.profiling
+    if profiling.enable_profiling and profiling.profile_freq < profiling.profiler_warmup + profiling.profiler_active:
+        problems.append(
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiler_warmup + profiler_active = "
+            f"{profiling.profiler_warmup + profiling.profiler_active}"
+        )
+    implementation = cfg.optimizer.implementation
+    if cfg.kernels.optimizer == "triton" and implementation != "fused":
+        problems.append(
+            f'kernels.optimizer = "triton" and optimizer.implementation = "{implementation}": contradict each other; '
+            'the kernel is a form of "fused"'
+        )
+    if cfg.debug.deterministic_warn_only and not cfg.debug.deterministic:
+        problems.append("debug.deterministic_warn_only = true: needs debug.deterministic = true")
     option = cfg.activation_checkpoint.determinism_check
     if option not in ("default", "none"):
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
-    if cfg.validation.steps == 0:
-        problems.append("validation.steps = 0: nothing would be validated; use -1 for all of the data")
-    if cfg.validation.dataset_path is not None and cfg.validation.dataset_folders:
-        problems.append("validation.dataset_path and validation.dataset_folders: both set; keep one of them")
+    problems += _validation_problems(cfg)
     parallel = cfg.parallelism
     if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
         problems.append(
@@ -96,6 +115,79 @@ def _choice_problems(cfg: Config) -> list[str]:
     return problems
 
 
+def _validation_problems(cfg: Config) -> list[str]:
+    """Keys of [validation] that contradict each other; what it needs is asked for only where it is enabled."""
+    table, problems = cfg.validation, []
+    if table.steps == 0:
+        problems.append("validation.steps = 0: nothing would be validated; use -1 for all of the data")
+    if table.dataset_path is not None and table.dataset_folders:
+        problems.append("validation.dataset_path and validation.dataset_folders: both set; keep one of them")
+    if not table.enable:
+        return problems
+    problems += folder_problems(table.dataset_folders, "validation.dataset_folders")
+    kind = table.dataset_type or cfg.training.dataset_type
+    placed = table.dataset_path is not None or bool(table.dataset_folders)
+    if kind != "huggingface" and not placed:
+        problems.append(f'validation: dataset_type "{kind}" needs data; set dataset_folders or dataset_path')
+    if table.is_written("dataset") and kind != "huggingface":
+        problems.append(
+            f'validation.dataset = {show(table.dataset)}: dataset_type "{kind}" takes no dataset name; '
+            "use dataset_path or dataset_folders"
+        )
+    rows = cfg.parallelism.pipeline_parallel_microbatch_size
+    if cfg.parallelism.pipeline_parallel_degree > 1 and table.local_batch_size % rows:
+        problems.append(
+            f"validation.local_batch_size = {table.local_batch_size}: must be a multiple of "
+            f"parallelism.pipeline_parallel_microbatch_size = {rows}"
+        )
+    loader = table.dataloader
+    problems += [
+        f"validation.dataloader.{name} = {show(getattr(loader, name))}: needs workers; set num_workers"
+        for name in ("prefetch_factor", "persistent_workers")
+        if loader.num_workers == 0 and getattr(loader, name)
+    ]
+    return problems
+
+
+def _checkpoint_problems(cfg: Config) -> list[str]:
+    """Keys of [checkpoint] that contradict each other, or would do nothing."""
+    table, problems = cfg.checkpoint, []
+    if "lr_scheduler" in table.exclude_from_loading:
+        problems.append(
+            'checkpoint.exclude_from_loading: "lr_scheduler": the learning rate is a function of the step and never '
+            "loaded; give a stage its own lr to begin a new segment"
+        )
+    if "train_state" in table.exclude_from_loading and table.initial_load_path is None:
+        problems.append(
+            'checkpoint.exclude_from_loading: "train_state": a run can\'t forget its own steps; set initial_load_path '
+            "to its checkpoint and initial_load_model_only = false, in a new job.dump_folder"
+        )
+    if "train_state" in table.exclude_from_loading and "dataloader" not in table.exclude_from_loading:
+        problems.append(
+            'checkpoint.exclude_from_loading: "train_state": the position in the data belongs to the step; '
+            'exclude "dataloader" too'
+        )
+    if not table.initial_load_model_only and (table.initial_load_path is None or table.initial_load_in_hf):
+        why = "Hugging Face weights are a model alone" if table.initial_load_in_hf else "needs initial_load_path"
+        problems.append(f"checkpoint.initial_load_model_only = false: {why}")
+    if table.last_save_in_hf and not table.last_save_model_only:
+        problems.append(
+            "checkpoint.last_save_in_hf = true: Hugging Face weights hold no optimizer; set last_save_model_only = true"
+            " too, or use checkpoint.export to have both"
+        )
+    if table.create_seed_checkpoint and not table.enable:
+        problems.append("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
+    if table.create_seed_checkpoint and table.load_only:
+        problems.append("checkpoint.create_seed_checkpoint and checkpoint.load_only: both set; keep one of them")
+    used = table.last_save_model_only or table.export is not None
+    if table.enable and table.export_dtype != "float32" and not used:
+        problems.append(
+            f'checkpoint.export_dtype = "{table.export_dtype}": nothing is exported; '
+            "set checkpoint.export or last_save_model_only"
+        )
+    return problems
+
+
 def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) -> list[str]:
     """Whether heads, sequence and layers divide as tensor and pipeline parallelism split them."""
     problems = []
@@ -106,6 +198,20 @@ def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) 
             problems.append(
                 f"{path}: does not divide the {count} {name} heads of {cfg.model.name} {cfg.model.flavor}; "
                 f"use one of {[d for d in range(1, count + 1) if count % d == 0]}"
+            )
+    if cfg.parallelism.disable_loss_parallel and model.vocab_size % tp:
+        problems.append(
+            f"parallelism.disable_loss_parallel = true: the vocabulary of {model.vocab_size} can't be gathered evenly "
+            f"from {tp} tensor-parallel ranks; set model.vocab_size = {-(-model.vocab_size // tp) * tp}"
+        )
+    if cfg.validation.enable:
+        length = cfg.validation.seq_len
+        degrees = {stage.context_parallel_degree for stage in stages}
+        unit = math.lcm(*(tp if cp == 1 else 2 * cp * tp for cp in degrees))
+        if length % unit:
+            problems.append(
+                f"validation.seq_len = {length}: tensor and context parallelism cut rows; use a multiple of {unit}, "
+                f"such as {-(-length // unit) * unit}"
             )
     for stage in stages:
         cp = stage.context_parallel_degree

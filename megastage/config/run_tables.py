@@ -51,7 +51,9 @@ class Parallelism(Section):
         "default", "Free gathered parameters after forward; default: unless pipelined"
     )
     tensor_parallel_degree: int = key(1, "Ranks that split every layer (with sequence parallelism)", ge=1)
-    disable_loss_parallel: bool = key(False, "Gather the logits over tensor-parallel ranks before the loss")
+    disable_loss_parallel: bool = key(
+        False, "Whole vocabulary on every tensor-parallel rank, for its share of the positions"
+    )
     enable_async_tensor_parallel: bool = key(False, "Overlap tensor-parallel communication (needs compile)")
     enable_compiled_autograd: bool = key(False, "Compile the backward graph")
     pipeline_parallel_degree: int = key(1, "Ranks the layers are spread over", ge=1)
@@ -127,7 +129,7 @@ class Compile(Section):
 class Comm(Section):
     """Communication between ranks."""
 
-    init_timeout_seconds: int = key(300, "Timeout of collectives until the first step is done", ge=1)
+    init_timeout_seconds: int = key(300, "Timeout of collectives until a stage's first step is done", ge=1)
     train_timeout_seconds: int = key(100, "Timeout of collectives after it", ge=1)
     trace_buf_size: int = key(20_000, "Entries of the flight recorder", ge=0)
     save_traces_folder: str = key("comm_traces", "Folder of its dumps under dump_folder")

@@ -86,7 +86,7 @@ class Dataloader(Section):
     """Threads that read and prepare batches ahead of training."""
 
     num_workers: int = key(0, "Reading threads per rank; 0: read in the training thread", ge=0)
-    persistent_workers: bool = key(False, "Keep the workers between epochs")
+    persistent_workers: bool = key(False, "Keep the workers between epochs (they are kept in any case)")
     pin_memory: bool = key(False, "Page-locked batches, for faster copies to a GPU")
     prefetch_factor: int | None = key(None, "Batches each worker prepares ahead", ge=1)
 

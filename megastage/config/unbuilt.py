@@ -43,6 +43,7 @@ UNBUILT_KEYS: dict[str, str] = {
     "quantize.*": "quantized training is not built",
     "fault_tolerance.*": _FT,
     "experimental.*": _CUSTOM,
+    "memory_estimation.disable_fake_mode": "memory is estimated from shapes alone; no tensors are made",
     "debug.moe_force_load_balance": _EXPERT,
 }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megastage.data.buffers import BufferPool
+from megastage.data.compiled_rows import row_kernels_in_use
 from megastage.data.fetch import RowTools, fill_compiled
 from megastage.data.order import Rows
 from megastage.data.sources.base import IGNORED, SourceError, TokenSource
@@ -79,6 +80,11 @@ def positions_of(cu_seqlens_BC: Tensor, seq_len: int) -> Tensor:
         column_BT = torch.arange(seq_len, device=cu_seqlens_BC.device, dtype=torch.int32).expand(B, -1).contiguous()
         last_BT = torch.searchsorted(cu_seqlens_BC, column_BT, right=True) - 1
         return (column_BT - cu_seqlens_BC.gather(1, last_BT)).long()
+    kernels = row_kernels_in_use()
+    if kernels is not None:
+        out = _POSITIONS.tensor(B * seq_len)
+        kernels.positions(cu_seqlens_BC.numpy(), seq_len, out.numpy())
+        return out.view(B, seq_len)
     flat = (cu_seqlens_BC.numpy() + np.arange(0, B * seq_len, seq_len)[:, None]).ravel()
     starts = flat[np.flatnonzero(np.diff(flat, prepend=-1))]
     return _positions(starts[starts < B * seq_len], B, seq_len)

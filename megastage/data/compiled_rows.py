@@ -18,20 +18,27 @@ NO_ENDS, PIECE_ENDS, ALL_ENDS = 0, 1, 2  # look for no document ends, for those 
 
 
 class RowKernels(NamedTuple):
-    """See `_fill`, `_finish` and `_bounds`."""
+    """See `_fill`, `_finish`, `_bounds` and `_positions`."""
 
     fill: Callable[..., int]
     finish: Callable[..., int]
     bounds: Callable[..., None]
+    positions: Callable[..., None]
 
 
 @lru_cache(maxsize=1)
 def row_kernels() -> RowKernels | None:
     """The compiled loops, or None where numba is missing or switched off. Not yet compiled for any type: see `warm`."""
-    fill, finish, bounds = (compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds))
-    if fill is None or finish is None or bounds is None:
+    loops = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds, _positions)]
+    fill, finish, bounds, positions = loops
+    if fill is None or finish is None or bounds is None or positions is None:
         return None
-    return RowKernels(fill, finish, bounds)
+    return RowKernels(fill, finish, bounds, positions)
+
+
+def row_kernels_in_use() -> RowKernels | None:
+    """The loops if something has asked for them already: what they do once more is no reason to import numba."""
+    return row_kernels() if row_kernels.cache_info().currsize else None
 
 
 def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
@@ -47,6 +54,7 @@ def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
         )
     kernels.finish(mark, none, none, none, 1, ALL_ENDS, out, out)
     kernels.bounds(mark, found, none, none, none, np.empty((0, 1), np.int32))
+    kernels.positions(np.empty((0, 1), np.int32), 1, out)
 
 
 def _fill(
@@ -186,3 +194,14 @@ def _bounds(
                 cu_BC[r, column] = found[i]
                 column += 1
         cu_BC[r, column:] = valid_B[r]
+
+
+def _positions(cu_BC: np.ndarray, T: int, out: np.ndarray) -> None:
+    """Fill out [B * T]: each column's distance to the last bound at or before it. cu_BC: int32[B, C]."""
+    for r in range(cu_BC.shape[0]):
+        for c in range(cu_BC.shape[1]):
+            start = cu_BC[r, c]
+            stop = cu_BC[r, c + 1] if c + 1 < cu_BC.shape[1] else T
+            row = out[r * T + start : r * T + stop]
+            for i in range(row.size):
+                row[i] = i

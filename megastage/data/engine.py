@@ -64,12 +64,14 @@ class DataEngine:
         prefetch_batches: int = 0,
         pin_memory: bool = False,
         node_leader: bool | None = None,
+        superblock_tokens: int | None = None,
     ) -> DataEngine:
         """Open and check the data of all stages on all ranks. A collective call on the CPU `group` (None: one process).
 
         state: what `state()` gave, to go on from there; options: tokenizer, cache folder, EOS id for the readers;
-        vocab_size: the model's. Raises DataError, with the same text on every rank, for anything wrong with the data,
-        and ValueError when the past stages of `state` are not those of this run.
+        vocab_size: the model's; superblock_tokens: of a shuffled block of a token stream (None: chosen).
+        Raises DataError, with the same text on every rank, for anything wrong with the data, and ValueError when the
+        past stages of `state` are not those of this run.
         """
         records, settings = from_json(state) if state is not None else ([], {})
         index = build_index(
@@ -79,6 +81,7 @@ class DataEngine:
             vocab_size=vocab_size,
             settings=settings,
             node_leader=node_leader,
+            superblock_tokens=superblock_tokens,
         )
         check_frozen(records, stages, index)
         return cls(

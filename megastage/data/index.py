@@ -10,51 +10,27 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megastage.data.blend import BlendTable, integer_weights
 from megastage.data.blend_tables import broadcast_tables, long_tables
 from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank_of
+from megastage.data.data_stage import DataStage
+from megastage.data.lanes import LaneOrder
 from megastage.data.order import Order, make_order
-from megastage.data.sources.base import SourceError, SourceOptions, TokenSource, open_source, without_building
+from megastage.data.sources.base import (
+    SourceError,
+    SourceOptions,
+    TokenSource,
+    is_cached,
+    open_source,
+    without_building,
+)
 
 Spec = tuple[str, str]  # (dataset_type, path)
 Settings = Mapping[str, Mapping[str, Any]]  # by order key
-
-
-class DataStage(Protocol):
-    """What the data engine needs to know of a stage (`megastage.stages.Stage` has it)."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def start_step(self) -> int: ...
-    @property
-    def end_step(self) -> int: ...
-    @property
-    def never_runs(self) -> bool: ...
-    @property
-    def dataset(self) -> str | None: ...
-    @property
-    def dataset_path(self) -> str | None: ...
-    @property
-    def dataset_type(self) -> str: ...
-    @property
-    def dataset_folders(self) -> Sequence[str]: ...
-    @property
-    def dataset_weights(self) -> Sequence[float]: ...
-    @property
-    def dataset_random_seed(self) -> int: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def global_batch_size(self) -> int: ...
-    @property
-    def document_mask(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -117,11 +93,12 @@ def build_index(
     vocab_size: int | None = None,
     settings: Settings | None = None,
     node_leader: bool | None = None,
+    superblock_tokens: int | None = None,
 ) -> DataIndex:
     """Open and prove every source on every rank of the CPU `group`. A collective call.
 
     options: for the readers; settings: order settings of a checkpoint, by key; node_leader: whether this process writes
-    its node's cache of tokenized text (default: LOCAL_RANK is 0 or unset).
+    its node's cache of tokenized text (default: LOCAL_RANK is 0 or unset); superblock_tokens: of token streams.
     Raises DataError with the same text on every rank: first all that rank 0 finds, then what differs elsewhere.
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0" if node_leader is None else node_leader
@@ -133,7 +110,7 @@ def build_index(
         try:
             opened = _open_all(stages, options, problems)
             problems.extend(_tokenizer_problems(opened.values(), options))
-            built = _index(stages, opened, vocab_size, settings or {}, problems)
+            built = _index(stages, opened, vocab_size, settings or {}, problems, superblock_tokens)
             report = {"problems": problems} if problems else _describe(built)
         except Exception as error:  # whatever it is, the others must not wait for it
             report = {"problems": [*problems, f"{type(error).__name__}: {error}"]}
@@ -146,8 +123,8 @@ def build_index(
         assert built is not None
         return built
     tables = broadcast_tables(None if built is None else built.tables(), report["blends"], group)
-    text = any(kind == "huggingface" for kind, _ in report["sources"])
-    for turn in (True, False) if text else (None,):  # leaders write the cache of their node, then the rest read it
+    cached = any(is_cached(kind, path) for kind, path in report["sources"])
+    for turn in (True, False) if cached else (None,):  # leaders write the cache of their node, then the rest read it
         message = ""
         if built is None and turn in (leader, None):
             try:
@@ -190,7 +167,7 @@ def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spe
     for stage in _running(stages):
         with suppress(SourceError):
             for kind, path in specs_of(stage):
-                if kind != "huggingface" and (kind, path) not in opened:
+                if not is_cached(kind, path) and (kind, path) not in opened:
                     with suppress(Exception):  # it comes again when the source is proven
                         source = open_source(kind, path, options)
                         assert source.fingerprint
@@ -204,6 +181,7 @@ def _index(
     vocab_size: int | None,
     settings: Settings,
     problems: list[str],
+    superblock: int | None = None,
     tables: Mapping[bytes, BlendTable] | None = None,
 ) -> DataIndex:
     indexes: dict[int, StageIndex] = {}
@@ -223,7 +201,7 @@ def _index(
             tables[weights.tobytes()] = BlendTable.build(weights)
         table = tables[weights.tobytes()]
         indexes[stage.index] = StageIndex(specs_of(stage), tuple(sources), weights, table, stage.dataset_random_seed)
-    orders = _make_orders(stages, indexes, settings, problems)
+    orders = _make_orders(stages, indexes, settings, problems, superblock)
     by_hash = {source.fingerprint.hex(): source for index in indexes.values() for source in index.sources}
     return DataIndex(indexes, orders, by_hash)
 
@@ -270,7 +248,11 @@ def _weights(stage: DataStage, sources: Sequence[TokenSource]) -> np.ndarray:
 
 
 def _make_orders(
-    stages: Sequence[DataStage], indexes: Mapping[int, StageIndex], settings: Settings, problems: list[str]
+    stages: Sequence[DataStage],
+    indexes: Mapping[int, StageIndex],
+    settings: Settings,
+    problems: list[str],
+    superblock: int | None,
 ) -> dict[str, Order]:
     """One order per (content, seed), sized for all lengths at which the plan reads it."""
     lengths: dict[str, list[int]] = {}
@@ -282,10 +264,14 @@ def _make_orders(
         for key, source, length in _uses(stage, indexes):
             try:
                 if key not in orders:
-                    orders[key] = order_of(source, int(key.partition(":")[2]), lengths[key], settings.get(key))
+                    orders[key] = order_of(
+                        source, int(key.partition(":")[2]), lengths[key], settings.get(key), superblock
+                    )
                 orders[key].enter([], length)  # a length that cannot be read is found now, not at the boundary
             except ValueError as error:
                 problems.append(f"{_title(stage)}: {error}")
+    if superblock is not None and orders and not any(isinstance(order, LaneOrder) for order in orders.values()):
+        problems.append(f"training.superblock_tokens = {superblock}: no source is a token stream; leave it out")
     return orders
 
 
@@ -311,7 +297,13 @@ def _uses(stage: DataStage, indexes: Mapping[int, StageIndex]) -> list[tuple[str
     ]
 
 
-def order_of(source: TokenSource, seed: int, lengths: Sequence[int], settings: Mapping[str, Any] | None) -> Order:
+def order_of(
+    source: TokenSource,
+    seed: int,
+    lengths: Sequence[int],
+    settings: Mapping[str, Any] | None,
+    superblock: int | None = None,
+) -> Order:
     """The sample order that fits a source: text by virtual streams, documents packed, token streams in lanes."""
     kind = "streams" if source.dataset_type == "huggingface" else "packed" if source.kind == "documents" else "lanes"
     return make_order(
@@ -322,6 +314,7 @@ def order_of(source: TokenSource, seed: int, lengths: Sequence[int], settings: M
         n_tokens=source.n_tokens,
         doc_ends=None if kind == "lanes" else source.doc_ends,
         settings=settings,
+        superblock=superblock,
         name=source.path,
     )
 
@@ -362,12 +355,11 @@ def _prove(
         if source.fingerprint.hex() != expected:
             problems.append(
                 f"{path}: its content differs from rank 0's (digest here {source.fingerprint.hex()}, "
-                f"there {expected}); "
-                "copy the data to this node again"
+                f"there {expected}); copy the data to this node again"
             )
     if problems:
         raise SourceError("; ".join(problems))
-    index = _index(stages, opened, vocab_size, report["orders"], problems, tables)
+    index = _index(stages, opened, vocab_size, report["orders"], problems, tables=tables)
     if not problems and json.loads(json.dumps(_describe(index))) != report:
         problems.append("its blend tables or sample orders differ from rank 0's; run the same version on all nodes")
     if problems:

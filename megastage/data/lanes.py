@@ -89,10 +89,21 @@ class LaneOrder:
         fingerprint: bytes,
         settings: Mapping[str, Any] | None = None,
         name: str = "source",
+        superblock: int | None = None,
     ) -> LaneOrder:
-        """With sizes for these lengths, or those of saved `settings`."""
+        """With sizes for these lengths, or those of saved `settings`. superblock: its tokens; None: chosen."""
+        if superblock is not None and superblock < max(lengths):
+            raise ValueError(
+                f"training.superblock_tokens = {superblock}: {name} is read in rows of seq_len {max(lengths)}, which "
+                "must fit; raise it, or leave it out"
+            )
+        if settings is not None and superblock not in (None, settings.get("superblock")):
+            raise ValueError(
+                f"training.superblock_tokens = {superblock}: the order of {name} was made with "
+                f"{settings.get('superblock')}; set it back, or leave it out"
+            )
         if settings is None:
-            superblock = choose_superblock(lengths, n_tokens, name)
+            superblock = choose_superblock(lengths, n_tokens, name) if superblock is None else superblock
             lanes = choose_lanes(n_tokens, superblock)
         else:
             saved(name, settings, "lanes", n_tokens=n_tokens, seed=seed)

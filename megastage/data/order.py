@@ -144,12 +144,14 @@ def make_order(
     doc_ends: np.ndarray | None = None,
     settings: Mapping[str, Any] | None = None,
     name: str = "source",
+    superblock: int | None = None,
 ) -> Order:
     """An order for a source that will be read in rows of the given lengths.
 
     kind: "lanes" (a token stream; needs n_tokens), "packed" (documents packed into rows) or "streams" (documents in
     the given order, as for text read on the fly); the last two need doc_ends, the cumulative ends of the documents.
     settings: from a checkpoint; they decide the sizes, and `lengths` is then not used. name: for messages.
+    superblock: tokens of a shuffled block of lanes; None: chosen.
     """
     from megastage.data.lanes import LaneOrder
     from megastage.data.packing import PackedOrder
@@ -157,7 +159,7 @@ def make_order(
 
     if kind == "lanes":
         assert n_tokens is not None
-        return LaneOrder.make(n_tokens, lengths, seed, fingerprint, settings, name)
+        return LaneOrder.make(n_tokens, lengths, seed, fingerprint, settings, name, superblock)
     assert doc_ends is not None
     if kind == "packed":
         return PackedOrder.make(doc_ends, lengths, seed, fingerprint, settings, name)

@@ -2,13 +2,13 @@
 
 Shapes: B rows, T positions, D model width, H query heads, K key/value heads, E head dimension, V vocabulary, C columns
 of cu_seqlens. Under sequence parallelism `x_BTD` between the sub-layers holds this rank's share of T: norms and
-residuals work on the share, `attention` and `feed_forward` see all of T (parallel code gathers their first argument and
+residuals work on the share, `attention` and `feed_forward` see all of T (parallel code gathers it in `project` and
 scatters their result), and head counts follow from the local weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,20 @@ from megastage.model.ops import Ops
 from megastage.model.rope import rope_table
 
 
-class Attention(nn.Module):
+class _Projecting(nn.Module):
+    """A sub-layer that begins with several linear maps of its input; tensor parallelism replaces `project`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project: Callable[..., Sequence[Tensor]] = project
+
+
+def project(x: Tensor, *linears: Linear) -> Sequence[Tensor]:
+    """The outputs of all `linears` for the same input."""
+    return [linear(x) for linear in linears]
+
+
+class Attention(_Projecting):
     """Causal self-attention within documents, with grouped key/value heads and optional QK-norm."""
 
     rope_cos: Tensor | None
@@ -40,7 +53,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor | None) -> Tensor:
         q_BTHE, k_BTKE, v_BTKE = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv)
+            projected.unflatten(-1, (-1, self.head_dim)) for projected in self.project(x_BTD, self.wq, self.wk, self.wv)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
@@ -51,7 +64,7 @@ class Attention(nn.Module):
         return self.wo(out_BTHE.flatten(-2))
 
 
-class FeedForward(nn.Module):
+class FeedForward(_Projecting):
     """SwiGLU feed-forward: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
@@ -62,7 +75,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(cfg.ffn_dim, cfg.dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.w2(self.ops.swiglu(self.w1(x_BTD), self.w3(x_BTD)))
+        gate, up = self.project(x_BTD, self.w1, self.w3)
+        return self.w2(self.ops.swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -70,7 +84,8 @@ class DecoderLayer(nn.Module):
 
     `recompute`, when set, runs the body in place of a plain call: `recompute(body, x, positions, cu_seqlens)`, for
     example `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`. It sits inside the layer, so
-    that no parameter changes its name and hooks on the layer stay outside of the recomputed part.
+    that no parameter changes its name and hooks on the layer stay outside of the recomputed part. `body` is what is
+    run or recomputed: `plain_body`, or a compiled form of it.
     """
 
     __call__: Callable[..., Tensor]
@@ -82,13 +97,16 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps, ops)
         self.feed_forward = FeedForward(cfg, ops)
         self.recompute: Callable[..., Tensor] | None = None
+        self.body: Callable[..., Tensor] | None = None
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor | None) -> Tensor:
+        body = self.plain_body if self.body is None else self.body
         if self.recompute is not None and torch.is_grad_enabled():
-            return self.recompute(self._body, x_BTD, positions_BT, cu_seqlens_BC)
-        return self._body(x_BTD, positions_BT, cu_seqlens_BC)
+            return self.recompute(body, x_BTD, positions_BT, cu_seqlens_BC)
+        return body(x_BTD, positions_BT, cu_seqlens_BC)
 
-    def _body(self, x_BTD: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor | None) -> Tensor:
+    def plain_body(self, x_BTD: Tensor, positions_BT: Tensor, cu_seqlens_BC: Tensor | None) -> Tensor:
+        """The layer's computation, run as it stands."""
         attended_BTD = self.attention(self.attention_norm(x_BTD), positions_BT, cu_seqlens_BC)
         normed_BTD, x_BTD = self.ffn_norm.add(attended_BTD, x_BTD)
         return x_BTD + self.feed_forward(normed_BTD)

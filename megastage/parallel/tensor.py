@@ -8,7 +8,8 @@ the hidden state holds this rank's share of the sequence, [B, T/tp, D].
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megastage.model.config import ModelConfig
 from megastage.model.decoder import Decoder
 from megastage.model.layers import Embedding, Linear, RMSNorm
-from megastage.parallel.collectives import gather_sequence, reduce_scatter_sequence
+from megastage.parallel.collectives import gather_project, reduce_scatter_sequence
 
 
 class _OnMesh(nn.Module):
@@ -40,7 +41,7 @@ def _local(weight: Tensor, grad_placements: list[Placement] | None = None) -> Te
 
 
 class ColumnLinear(_OnMesh, Linear):
-    """Rows of the weight (output features) are sharded; the input is whole, the output is this rank's features."""
+    """Rows of the weight (output features) are sharded; `_project` gives it the whole input."""
 
 
 class RowLinear(_OnMesh, Linear):
@@ -84,7 +85,7 @@ STYLES: tuple[tuple[str, type[_OnMesh], Placement], ...] = (
     (r"norm", ReplicatedRMSNorm, Replicate()),
     (r"output", ColumnLinear, Shard(0)),
 )
-# modules that see the whole sequence: their first argument is gathered on entry
+# modules that see the whole sequence: they gather their input as they project it
 GATHERED = re.compile(r"layers\.\d+\.(attention|feed_forward)")
 
 
@@ -105,8 +106,8 @@ def apply(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Shard every parameter of `decoder` (on the meta device) over the 1-D tp mesh, by STYLES."""
     group = mesh.get_group()
     for name, module in decoder.named_modules():
-        if GATHERED.fullmatch(name):
-            module.register_forward_pre_hook(_gather_first(group))
+        if group.size() > 1 and GATHERED.fullmatch(name):
+            module.project = partial(_project, group)
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         for pattern, kind, placement in STYLES:
@@ -117,11 +118,8 @@ def apply(decoder: Decoder, mesh: DeviceMesh) -> None:
             raise AssertionError(f"no tensor-parallel style for the parameters of {name}")
 
 
-def _gather_first(group: dist.ProcessGroup) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather_sequence(args[0], group), *args[1:])
-
-    return hook
+def _project(group: dist.ProcessGroup, x: Tensor, *linears: Linear) -> Sequence[Tensor]:
+    return gather_project(x, [linear.local_weight() for linear in linears], group)
 
 
 def _convert(module: nn.Module, kind: type[_OnMesh], placement: Placement, mesh: DeviceMesh) -> None:

@@ -142,6 +142,8 @@ def test_nothing_good_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None
     for _ in range(2):
         with pytest.raises(CheckpointFailed, match=r"no good checkpoint is left, only step-1.bad-1"):
             loaded(CheckpointManager(tmp_path))
+        with pytest.raises(CheckpointFailed, match=r"no good checkpoint is left"):
+            CheckpointManager(tmp_path).latest_good()
 
 
 def test_load_step_takes_that_one_or_nothing(tmp_path: Path) -> None:

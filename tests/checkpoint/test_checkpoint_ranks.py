@@ -62,13 +62,13 @@ def sharded_model(mesh: DeviceMesh, fill: bool) -> nn.Module:
 
 def adamw(model: nn.Module) -> Optimizer:
     return Optimizer(
-        dict(model.named_parameters()), name="AdamW", lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+        dict(model.named_parameters()), name="AdamW", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
         implementation="fused",
     )  # fmt: skip
 
 
 def all_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    return {f"model.{name}": p for name, p in optimizer.parameters.items()} | optimizer.state_tensors()
+    return {**{f"model.{name}": p for name, p in model.named_parameters()}, **optimizer.state_tensors()}
 
 
 def training_tensors(mesh: DeviceMesh, fill: bool) -> dict[str, torch.Tensor]:
@@ -333,23 +333,23 @@ def _fsdp_run(root: str, seed: int, steps: range, resume: bool) -> list[float]:
     for module in (model[0], model):
         module.set_force_sum_reduction_for_comms(True)
     optimizer = adamw(model)
+    tensors = all_tensors(model, optimizer)
     if resume:
-        found = manager.load_newest(all_tensors(model, optimizer))
+        found = manager.load_newest(tensors)
         assert found is not None
         assert found[0] == steps.start
-        optimizer.set_steps(found[1]["optimizer"]["step"])
+        optimizer.set_steps(found[1]["step"])
     losses = []
     for step in steps:
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         loss = (model(torch.randn(4, 7, generator=generator)) - 1).square().mean()
         loss.backward()
-        optimizer.step(0.1, 0.01)
+        optimizer.step(lr=0.1, weight_decay=0.1)
         losses.append(loss.item())
         with torch.no_grad():
             model(torch.ones(1, 7))
         if step == 3:
-            settings = {"optimizer": {"step": optimizer.steps}}
-            manager.save(step + 1, all_tensors(model, optimizer), settings)
+            manager.save(step + 1, tensors, {"step": optimizer.steps})
     manager.close()
     finish()
     return losses

@@ -52,6 +52,15 @@ def test_back_ends_draw_the_same_numbers(param, state, stochastic):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_parameters_that_require_gradients_are_updated_in_place(backend):
+    parameter = torch.ones(5, requires_grad=True)
+    parameter.square().sum().backward()
+    adamw_([parameter], [parameter.grad], [torch.zeros(5)], [torch.zeros(5)], step=1, lr=0.1, backend=backend)
+    assert (parameter < 0.95).all()
+    assert parameter.is_leaf
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_stochastic_rounding_keeps_the_mean_where_nearest_stalls(backend):
     """2000 elements at 1, an update of 1/10 of a bf16 step below 1: a tenth of them must move, and only by one step."""
     n, move = 2000, 2**-8 / 10

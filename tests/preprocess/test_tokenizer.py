@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from megastage.data.tokenizer import TokenizerError, load_tokenizer, train_bpe
+from megastage.preprocess.__main__ import main
 
 TEXTS = ["Hello world", "  two  spaces\n\nand lines\t", "Zürich 東京 😀", "x" * 300, ""]
 
@@ -158,3 +159,28 @@ def test_untrainable_sizes(tmp_path: Path, size: int, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         train_bpe(["so little text"], size, tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
+
+
+def test_sentencepiece_models(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = [f"the cat number {i} sat on mat {i % 7}" for i in range(300)]
+    (tmp_path / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=50,
+        minloglevel=2,
+        byte_fallback=False,
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50, library.eos_id())
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["the cat", ""])] == [library.encode("the cat"), []]
+    assert tokenizer.decode(tokenizer.encode_batch(["the cat sat"])[0]) == "the cat sat"
+    assert tokenizer.to_json() is None
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "the cat sat"}\n{"text": "the mat"}\n')
+    arguments = ["--tokenizer", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([str(source), *arguments]) == 0
+    want = [*library.encode("the cat sat"), library.eos_id(), *library.encode("the mat"), library.eos_id()]
+    assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2").tolist() == want

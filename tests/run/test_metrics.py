@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from megastage import logs
-from megastage.metrics import JsonLines
+from megastage.metrics import JsonLines, TensorBoard, Wandb
 
 RECORD = {
     "step": 7, "stage": "general", "loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 12345.6, "mfu": 0.412,
@@ -34,3 +36,37 @@ def test_records_of_updates_done_again_are_dropped(tmp_path, tail):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True},
     ]  # fmt: skip
+
+
+def test_weights_and_biases_gets_every_figure(tmp_path, monkeypatch):
+    """The package is an extra and needs an account: a stand-in records the calls of its documented interface."""
+    calls: list[tuple] = []
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append(("finished",))
+    )
+    stand_in = ModuleType("wandb")
+    stand_in.init = lambda dir, config: calls.append((dir, config)) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    sink = Wandb(tmp_path / "wandb", {"a": 1})
+    sink.write({"step": 3, "stage": "x", "loss": 1.5, "mfu": None, "validation": {"loss": 2.0}})
+    sink.close()
+    assert calls == [
+        (str(tmp_path / "wandb"), {"a": 1}), (3, {"stage": "x", "loss": 1.5, "validation/loss": 2.0}), ("finished",),
+    ]  # fmt: skip
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"enable_wandb = true needs the wandb package"):
+        Wandb(tmp_path, {})
+
+
+def test_a_resumed_run_writes_no_figure_twice(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for done, steps in ((0, range(1, 6)), (3, range(4, 7))):
+        board = TensorBoard(tmp_path, done)
+        for step in steps:
+            board.write({"step": step, "loss": float(10 * done + step)})
+        board.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]

@@ -42,15 +42,15 @@ def source_key(spec: KernelSpec) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def judge(report: Report, tensor: bool) -> list[str]:
-    """What is wrong with a kernel; `tensor` says that its main loop should be matrix products."""
+def judge(report: Report, tensor: bool, scalar: bool = False) -> list[str]:
+    """What is wrong with a kernel; `tensor` and `scalar` as in KernelSpec."""
     problems = []
     if report.ctas_per_sm < 1:
         problems.append(f"does not fit on a multiprocessor ({report.limiter}: {report.shared} B shared)")
     if not tensor:
         if report.spills:
             problems.append(f"{report.spills} spill instructions")
-        if report.widest_load < NARROW_BYTES:
+        if report.widest_load < NARROW_BYTES and not scalar:
             problems.append(f"loads at most {report.widest_load} B a lane at once")
         return problems
     if not any(loop["mma"] for loop in report.loops):
@@ -83,7 +83,7 @@ def check(spec: KernelSpec, cache: Path | None) -> Verdict:
             part = file.with_suffix(f".{multiprocessing.current_process().pid}.part")
             part.write_text(json.dumps(report.as_dict()))
             part.replace(file)
-    return Verdict(spec.name, report, judge(report, spec.tensor), cached)
+    return Verdict(spec.name, report, judge(report, spec.tensor, spec.scalar), cached)
 
 
 _SPECS: Sequence[KernelSpec] = ()

@@ -36,10 +36,10 @@ def occupancy(machine: Machine, registers: int, warps: int, shared: int) -> tupl
     """(blocks per multiprocessor, warps per multiprocessor, what limits them) for one block's needs."""
     per_warp = math.ceil(registers * 32 / 256) * 256
     limits = {
+        "CTA slots": machine.ctas,
         "registers": machine.registers // (per_warp * warps) if registers else machine.ctas,
         "shared memory": machine.shared_per_sm // (shared + 1024) if shared else machine.ctas,
         "warps": machine.warps // warps,
-        "CTA slots": machine.ctas,
     }
     if shared > machine.shared_per_cta:
         limits["shared memory"] = 0

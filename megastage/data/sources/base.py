@@ -363,14 +363,29 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
     """Open a data set of a given type. Raises SourceError (a ValueError) that names file, value and way out."""
     if dataset_type not in READERS:
         raise SourceError(f"dataset_type {dataset_type!r} is not known; choose one of {', '.join(sorted(READERS))}")
+    options = options or SourceOptions()
     module = importlib.import_module(f"megastage.data.sources.{READERS[dataset_type]}")
     reader: Callable[[Path | str, SourceOptions], TokenSource] = module.open_folder
+    local = path
     try:
-        return reader(str(path) if dataset_type == "huggingface" else Path(path), options or SourceOptions())
+        if "://" in str(path):
+            local = importlib.import_module("megastage.data.sources.remote").fetch(str(path), options)
+        source = reader(str(local) if dataset_type == "huggingface" else Path(local), options)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read as {dataset_type} ({error})") from error
+    except SourceError as error:
+        if local is path:
+            raise
+        raise SourceError(str(error).replace(str(local), str(path))) from error
+    source.path = str(path)
+    return source
 
 
 def without_building(options: SourceOptions) -> SourceOptions:
     """The same options for a process that may only read the cache."""
     return replace(options, may_build=False)
+
+
+def is_cached(dataset_type: str, path: str) -> bool:
+    """Whether opening writes to the node's cache, which one process of the node must do before the others."""
+    return dataset_type == "huggingface" or "://" in path

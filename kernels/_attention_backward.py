@@ -1,0 +1,260 @@
+"""Backward attention kernels (FlashAttention-2, Dao 2023), split by output so that no sum needs atomics.
+
+One kernel owns tiles of queries and writes dq; the other owns tiles of keys, loops over all query heads of its
+key/value head and writes dk and dv. Each element is summed by one program in one order: the result is deterministic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megastage.kernels._attention_common import (
+    LOG2E,
+    block_plan,
+    cut_block,
+    load_rows,
+    load_tile,
+    row_pointers,
+    store_rows,
+    tanh,
+    tile_bounds,
+)
+
+
+@triton.jit
+def attention_delta_kernel(
+    OUT, DOUT, LSE, DLSE, LSE2, DELTA,
+    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+    T, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """Per query: LSE2 = lse in units of log2 and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
+
+    Queries without keys get LSE2 = +inf, which makes their probabilities 0 in the main kernels.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    start = (tl.program_id(0) % tiles) * BLOCK_M
+    bh = tl.program_id(0) // tiles
+    h = (bh % H).to(tl.int64)
+    b = (bh // H).to(tl.int64)
+    t = start + tl.arange(0, BLOCK_M)
+    out = load_rows(OUT + b * stride_ob + h * stride_oh, start, stride_ot, 0, T, BLOCK_M, D, BLOCK_D, True)
+    dout = load_rows(DOUT + b * stride_db + h * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    row = bh.to(tl.int64) * T + t
+    lse = tl.load(LSE + row, mask=t < T, other=float("-inf"))
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(DLSE + row, mask=t < T, other=0.0)
+    empty = lse == float("-inf")
+    tl.store(LSE2 + row, tl.where(empty, float("inf"), lse * LOG2E), mask=t < T)
+    tl.store(DELTA + row, tl.where(empty, 0.0, delta), mask=t < T)
+
+
+@triton.jit
+def _probability(scores, lse2, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """(p, t): probabilities from raw products, and the capped score as a share of the cap (used by its derivative)."""
+    if SOFTCAP:
+        t = tanh(scores * (scale / softcap), EXACT)
+        return tl.math.exp2(t * (softcap * LOG2E) - lse2), t
+    return tl.math.exp2(scores * (scale * LOG2E) - lse2), scores
+
+
+@triton.jit
+def _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of the scores of one block."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    p, capped = _probability(scores, lse2[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    ds = p * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * (1.0 - capped * capped)
+    return ds
+
+
+@triton.jit
+def attention_dq_kernel(
+    K_DESC, V_DESC, Q, K, V, DOUT, LSE2, DELTA, DQ, LOW, HIGH,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_db, stride_dt, stride_dh,
+    stride_gb, stride_gt, stride_gh,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dq of BLOCK_M queries of one head; layouts as in the forward kernel."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
+    bh = tl.program_id(0) // tiles
+    h = bh % H
+    kv_head = h // GROUPS
+    b = (bh // H).to(tl.int64)
+    start = tile * BLOCK_M
+    t = start + tl.arange(0, BLOCK_M)
+    last = tl.minimum(start + BLOCK_M, T) - 1
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_N, CUT)
+
+    h64 = h.to(tl.int64)
+    k_base = K + b * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_base = V + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    q = load_rows(Q + b * stride_qb + h64 * stride_qh, start, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    dout = load_rows(DOUT + b * stride_db + h64 * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
+    row = bh.to(tl.int64) * T + t
+    lse2 = tl.load(LSE2 + row, mask=t < T, other=float("inf"))
+    delta = tl.load(DELTA + row, mask=t < T, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    cut = tl.arange(0, CUT)
+    if TMA:
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = K_DESC.load([s, kv_head * stride_kh])
+            v = V_DESC.load([s, kv_head * stride_vh])
+            ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for _ in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    # the bounds of single rows are needed, and held in registers, only from here on
+    low = tl.load(LOW + tl.minimum(t, last))
+    high = tl.load(HIGH + tl.minimum(t, last))
+    for i in range(cut_total):
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
+        ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
+        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
+        ds = tl.where(seen, ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    base = DQ + b * stride_gb + h64 * stride_gh
+    store_rows(base, start, stride_gt, T, dq * scale, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def _dkv_probability(
+    q, k, lse2, seen, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores are computed transposed, [keys, queries], so that they are left operands of both products."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p, capped = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    return p, capped
+
+
+@triton.jit
+def _dkv_gradient(
+    p, capped, q, dk, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    ds = p * (dp - delta[None, :])
+    if SOFTCAP:
+        ds = ds * (1.0 - capped * capped)
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+
+@triton.jit
+def attention_dkv_kernel(
+    Q_DESC, DOUT_DESC, Q, K, V, DOUT, LSE2, DELTA, DK, DV, LOW, HIGH,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_db, stride_dt, stride_dh,
+    stride_gb, stride_gs, stride_gh,
+    stride_bounds, T, S, H, GROUPS, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dk and dv of BLOCK_N keys of one key/value head, summed over its GROUPS query heads.
+
+    LOW, HIGH: int32 [B, S], the interval of queries that see each key.
+    """
+    tiles = tl.cdiv(S, BLOCK_N)
+    start = (tl.program_id(0) % tiles) * BLOCK_N
+    bh = tl.program_id(0) // tiles
+    kv_heads = H // GROUPS
+    kv_head = bh % kv_heads
+    b = (bh // kv_heads).to(tl.int64)
+    last = tl.minimum(start + BLOCK_N, S) - 1
+    LOW += b * stride_bounds
+    HIGH += b * stride_bounds
+    low_first, high_first, low_last, high_last = tile_bounds(LOW, HIGH, start, last)
+    full_start, full_stop, cut_left, cut_total = block_plan(low_first, high_first, low_last, high_last, BLOCK_M, CUT)
+
+    kv64 = kv_head.to(tl.int64)
+    q_base = Q + b * stride_qb
+    d_base = DOUT + b * stride_db
+    k = load_rows(K + b * stride_kb + kv64 * stride_kh, start, stride_ks, 0, S, BLOCK_N, D, BLOCK_D, True)
+    v = load_rows(V + b * stride_vb + kv64 * stride_vh, start, stride_vs, 0, S, BLOCK_N, D, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+    cut = tl.arange(0, CUT)
+    for g in range(GROUPS):
+        h = kv_head * GROUPS + g
+        row = (b * H + h) * T
+        if TMA:
+            q_row = (b * (stride_qb // stride_qt)).to(tl.int32)
+            d_row = (b * (stride_db // stride_dt)).to(tl.int32)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = Q_DESC.load([q_row + t, h * stride_qh])
+                lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = DOUT_DESC.load([d_row + t, h * stride_dh])
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                delta = tl.load(DELTA + row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+        else:
+            q_pointers = row_pointers(q_base + h.to(tl.int64) * stride_qh, full_start, stride_qt, BLOCK_M, BLOCK_D)
+            d_pointers = row_pointers(d_base + h.to(tl.int64) * stride_dh, full_start, stride_dt, BLOCK_M, BLOCK_D)
+            for t in range(full_start, full_stop, BLOCK_M):
+                q = load_tile(q_pointers, D, BLOCK_D)
+                lse2 = tl.load(LSE2 + row + t + m)
+                p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
+                dout = load_tile(d_pointers, D, BLOCK_D)
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                delta = tl.load(DELTA + row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+                q_pointers += BLOCK_M * stride_qt
+                d_pointers += BLOCK_M * stride_dt
+
+    # the bounds of single rows are needed, and held in registers, only from here on
+    s = tl.minimum(start + tl.arange(0, BLOCK_N), last)
+    low = tl.load(LOW + s)
+    high = tl.load(HIGH + s)
+    for g in range(GROUPS):
+        h = kv_head * GROUPS + g
+        row = (b * H + h) * T
+        for i in range(cut_total):
+            t = cut_block(i, full_start, full_stop, cut_left, CUT)
+            q = load_rows(
+                q_base + h.to(tl.int64) * stride_qh, t, stride_qt, low_first, high_last, CUT, D, BLOCK_D, True
+            )
+            inside = (t + cut >= low_first) & (t + cut < high_last)
+            lse2 = tl.load(LSE2 + row + t + cut, mask=inside, other=float("inf"))
+            seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
+            p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
+            dout = load_rows(
+                d_base + h.to(tl.int64) * stride_dh, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True
+            )
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            delta = tl.load(DELTA + row + t + cut, mask=inside, other=0.0)
+            dk = _dkv_gradient(p, capped, q, dk, delta, dp, seen, True, SOFTCAP, PRECISION)
+    offset = b * stride_gb + kv64 * stride_gh
+    store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
+    store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)

@@ -1,0 +1,71 @@
+"""Tile shapes and launch options of the attention kernels, as data: tuning/flash_attention.json.
+
+Keyed by architecture, element width in bits, padded head dimension and kernel. An entry may hold changes for a Triton
+minor version under "triton" (the compilers differ in what they spill) and for softcap, which needs more registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+TABLE = Path(__file__).parent / "tuning" / "flash_attention.json"
+KERNELS = ("forward", "dq", "dkv")
+MAX_HEAD_DIM = 256
+
+
+class Tiles(NamedTuple):
+    """block_m queries by block_n keys; cut: length of blocks that need a mask; tma: full blocks come by descriptor."""
+
+    block_m: int
+    block_n: int
+    cut: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@functools.cache
+def table() -> dict:
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = False) -> Tiles:
+    """Entry for one kernel; smaller head dimensions than the table's smallest use that one."""
+    heads = table()[arch][str(bits)]
+    width = min(int(d) for d in heads if int(d) >= block_d)
+    entry = dict(heads[str(width)][kernel])
+    minor = ".".join(triton.__version__.split(".")[:2])
+    capped, compilers = entry.pop("softcap", {}), entry.pop("triton", {})
+    entry.update(compilers.get(minor, {}))
+    if softcap:
+        entry.update(capped)
+    options = tuple(sorted(entry.pop("options", {}).items()))
+    return Tiles(**{**entry, "tma": bool(entry.get("tma", False))}, options=options)
+
+
+def precision(arch: str, fp32: bool) -> str:
+    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on tensor cores."""
+    return "tf32" if not fp32 else "ieee" if arch.startswith("gfx") else "tf32x3"
+
+
+@functools.cache
+def architecture(device_type: str, index: int | None) -> str:
+    """Name in the table of a device: the newest NVIDIA generation not newer than it, or gfx942 for AMD."""
+    if device_type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(index)
+    if capability in ((8, 6), (8, 9)) or capability[0] >= 12:
+        return "sm_86"  # the chips with about 100 KiB of shared memory
+    if capability[0] >= 10:
+        return "sm_100"
+    return "sm_90" if capability[0] == 9 else "sm_80"
