@@ -16,7 +16,7 @@ import numpy as np
 from megastage.data.tokenizer import Tokenizer, TokenizerError
 
 ENGINES = ("auto", "hf", "gigatoken")
-SAMPLE_CHARACTERS = 2 << 20
+SAMPLE_CHARACTERS = 1 << 19
 _SPOT_CHARACTERS = 2000
 _SAMPLE_TEXTS = 20_000
 _HARD = (
