@@ -1,6 +1,6 @@
 """Random samples of 4096 tokens with document bounds and labels, one process, from the page cache.
 
-    python benchmarks/fetch.py [--rows 64] [--million-tokens 100]
+    python benchmarks/fetch.py [--rows 16] [--million-tokens 100]
 
 Ours: `assemble` of whole batches (tokens, labels, cu_seqlens as tensors; vocabulary checked). Against it, per sample:
 - megatron-core's plain `GPTDataset.__getitem__` (no document mask, no position reset);
@@ -40,7 +40,7 @@ def megatron_dataset(prefix: Path, samples: int, cache: Path) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
     parser.add_argument("--million-tokens", type=int, default=100)
     parser.add_argument("--plain", action="store_true", help="without the compiled loops")
     args = parser.parse_args()

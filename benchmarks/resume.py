@@ -3,8 +3,8 @@
     python benchmarks/resume.py
 
 Timed are opening and proving all sources, the indexes of all stages, entering the stage and reading this rank's share
-(16 of 1024 rows of 4096 tokens); imports and the loading of compiled code are not, as they do not depend on the run.
-Bar: the slowest below 50 ms, and (flat) at most twice the time of a run's very first batch.
+(a 64th of a batch of 4 M tokens); imports and the loading of compiled code are not, as they do not depend on the run.
+Bars: the slowest below 50 ms, and (flat) at most twice the time of a run's very first batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megastage.data.packed_memmap import PackedMemmapWriter
 LIMIT_S, FLAT = 0.05, 2.0
 STEP = 1_000_000
 LENGTHS = (4096, 8192, 4096, 6000, 2048, 32_768)
+BATCH_TOKENS = 1024 * 4096
 RANKS = 64
 
 
@@ -30,7 +31,7 @@ def stages_of(folders: list[str], dataset_type: str) -> list[DataStage]:
     return [
         DataStage(
             i, f"s{i}", i * STEP, (i + 1) * STEP, dataset_folders=tuple(folders), dataset_type=dataset_type,
-            dataset_weights=(0.4, 0.3, 0.2, 0.1), seq_len=length,
+            dataset_weights=(0.4, 0.3, 0.2, 0.1), seq_len=length, global_batch_size=BATCH_TOKENS // length,
         )
         for i, length in enumerate(LENGTHS)
     ]  # fmt: skip
@@ -78,7 +79,7 @@ def main() -> None:
         for kind, folders in (("nanoset", streams), ("packed_memmap", documents)):
             stages = stages_of(folders, kind)
             deep = state_at(stages, [STEP * 1024])
-            six = state_at(stages, [STEP * 1024] * 5 + [1000])
+            six = state_at(stages, [STEP * stage.global_batch_size for stage in stages[:5]] + [100])
             times = in_turn(
                 {
                     "run start": lambda s=stages: first_batch(s, None, 0),

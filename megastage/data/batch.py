@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megastage.data.buffers import BufferPool
+from megastage.data.compiled_rows import row_kernels_in_use
 from megastage.data.fetch import RowTools, fill_compiled
 from megastage.data.order import Rows
 from megastage.data.sources.base import IGNORED, SourceError, TokenSource
 
+_POSITIONS = BufferPool()  # for batches that stay on the CPU
 _SHORT = 100  # tokens: shorter documents on average are faster counted all at once than one by one
 
 
@@ -58,11 +61,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies from pinned memory do not block."""
-        return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in self._values()))
+        values: list[Any] = [None if value is None else value.to(device, non_blocking=True) for value in self._values()]
+        return Batch(*values)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for fast copies to a GPU."""
-        return Batch(*(None if v is None else v.pin_memory() for v in self._values()))
+        values: list[Any] = [None if value is None else value.pin_memory() for value in self._values()]
+        return Batch(*values)
 
     def _values(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -75,8 +80,14 @@ def positions_of(cu_seqlens_BC: Tensor, seq_len: int) -> Tensor:
         column_BT = torch.arange(seq_len, device=cu_seqlens_BC.device, dtype=torch.int32).expand(B, -1).contiguous()
         last_BT = torch.searchsorted(cu_seqlens_BC, column_BT, right=True) - 1
         return (column_BT - cu_seqlens_BC.gather(1, last_BT)).long()
-    bounds = cu_seqlens_BC.numpy().astype(np.int64) + np.arange(B)[:, None] * seq_len
-    return torch.from_numpy(_positions(np.unique(bounds), B, seq_len))
+    kernels = row_kernels_in_use()
+    if kernels is not None:
+        out = _POSITIONS.tensor(B * seq_len)
+        kernels.positions(cu_seqlens_BC.numpy(), seq_len, out.numpy())
+        return out.view(B, seq_len)
+    flat = (cu_seqlens_BC.numpy() + np.arange(0, B * seq_len, seq_len)[:, None]).ravel()
+    starts = flat[np.flatnonzero(np.diff(flat, prepend=-1))]
+    return _positions(starts[starts < B * seq_len], B, seq_len)
 
 
 def assemble(
@@ -97,17 +108,18 @@ def assemble(
     else the first token of the row's next piece. Raises SourceError for a token id outside 0 .. vocab_size - 1.
     """
     B, T, tools = len(source_B), seq_len, tools or RowTools()
-    tokens_BT, labels_BT = tools.pool.tensor(B * T), tools.pool.tensor(B * T)
-    tokens, labels = tokens_BT.numpy(), labels_BT.numpy()
+    both = tools.pool.tensor(2 * B * T)
+    tokens, labels = both.numpy().reshape(2, B * T)
     cu_BC = fill_compiled(
         tools, sources, source_B, rows, tokens, labels, document_mask=document_mask, vocab_size=vocab_size
     )
     if cu_BC is None:
         pieces = _Pieces.place(source_B, rows, T)
         cu_BC = _fill_plain(sources, pieces, tokens, labels, T, document_mask, vocab_size)
+    tokens_BT, labels_BT = both.view(2, B, T).unbind()
     return Batch(
-        tokens_BT.view(B, T),
-        labels_BT.view(B, T),
+        tokens_BT,
+        labels_BT,
         torch.from_numpy(cu_BC),
         torch.from_numpy(source_B.astype(np.int32)),
         torch.from_numpy(ids_B.astype(np.int64)),
@@ -254,16 +266,17 @@ def _document_ends(sources: Sequence[TokenSource], pieces: _Pieces) -> np.ndarra
     return np.concatenate(found)
 
 
-def _positions(ends: np.ndarray, B: int, T: int) -> np.ndarray:
-    """int64[B, T]: positions from 0 at each row start and behind each end; `ends` ascend, in flat coordinates."""
-    starts = np.union1d(np.arange(B) * T, ends[ends < B * T])
+def _positions(starts: np.ndarray, B: int, T: int) -> Tensor:
+    """int64[B, T]: positions from 0 at each of `starts`, which ascend in flat coordinates and hold the row starts."""
+    out = _POSITIONS.tensor(B * T)
     lengths = np.diff(starts, append=B * T)
     if len(starts) * _SHORT > B * T:
-        return (np.arange(B * T) - np.repeat(starts, lengths)).reshape(B, T)
-    positions, count = np.empty(B * T, np.int64), np.arange(T)
+        np.subtract(np.arange(B * T), np.repeat(starts, lengths), out=out.numpy())
+        return out.view(B, T)
+    positions, count = out.numpy(), np.arange(T)
     for start, length in zip(starts.tolist(), lengths.tolist()):
         positions[start : start + length] = count[:length]
-    return positions.reshape(B, T)
+    return out.view(B, T)
 
 
 def _cu_seqlens(ends: np.ndarray, valid_B: np.ndarray, T: int) -> np.ndarray:

@@ -18,18 +18,27 @@ NO_ENDS, PIECE_ENDS, ALL_ENDS = 0, 1, 2  # look for no document ends, for those 
 
 
 class RowKernels(NamedTuple):
-    """See `_fill`, `_finish` and `_bounds`."""
+    """See `_fill`, `_finish`, `_bounds` and `_positions`."""
 
     fill: Callable[..., int]
     finish: Callable[..., int]
     bounds: Callable[..., None]
+    positions: Callable[..., None]
 
 
 @lru_cache(maxsize=1)
 def row_kernels() -> RowKernels | None:
     """The compiled loops, or None where numba is missing or switched off. Not yet compiled for any type: see `warm`."""
-    made = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds)]
-    return None if made[0] is None else RowKernels(*made)
+    loops = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds, _positions)]
+    fill, finish, bounds, positions = loops
+    if fill is None or finish is None or bounds is None or positions is None:
+        return None
+    return RowKernels(fill, finish, bounds, positions)
+
+
+def row_kernels_in_use() -> RowKernels | None:
+    """The loops if something has asked for them already: what they do once more is no reason to import numba."""
+    return row_kernels() if row_kernels.cache_info().currsize else None
 
 
 def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
@@ -43,8 +52,9 @@ def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
         kernels.fill(
             tokens, ends, 0, -1, 0, none, mark, none, none, 1, ALL_ENDS, np.uint64(1), out, out, found, mark, none, none
         )
-    kernels.finish(mark, none, none, none, none, 1, ALL_ENDS, out, out)
+    kernels.finish(mark, none, none, none, 1, ALL_ENDS, out, out)
     kernels.bounds(mark, found, none, none, none, np.empty((0, 1), np.int32))
+    kernels.positions(np.empty((0, 1), np.int32), 1, out)
 
 
 def _fill(
@@ -140,13 +150,12 @@ def _finish(
     lengths: np.ndarray,
     count_P: np.ndarray,
     valid_B: np.ndarray,
-    counts_B: np.ndarray,
     T: int,
     mode: int,
     tokens_out: np.ndarray,
     labels_out: np.ndarray,
 ) -> int:
-    """Fill the padding, valid_B and counts_B (document ends of each row); returns the largest count.
+    """Fill the padding and valid_B; returns the largest number of document ends of a row.
 
     In mode PIECE_ENDS the label of a document's last token is the first token of the row's next piece.
     """
@@ -160,8 +169,8 @@ def _finish(
             if mode == 1 and count_P[p] == 1:
                 labels_out[at - 1] = tokens_out[at] if p + 1 < offsets[r + 1] else -100
         valid_B[r] = at - r * T
-        counts_B[r] = count if mode == 2 else 1
-        most = max(most, counts_B[r])
+        if mode == 2:
+            most = max(most, count)
         for i in range(at, (r + 1) * T):
             tokens_out[i] = 0
             labels_out[i] = -100
@@ -185,3 +194,14 @@ def _bounds(
                 cu_BC[r, column] = found[i]
                 column += 1
         cu_BC[r, column:] = valid_B[r]
+
+
+def _positions(cu_BC: np.ndarray, T: int, out: np.ndarray) -> None:
+    """Fill out [B * T]: each column's distance to the last bound at or before it. cu_BC: int32[B, C]."""
+    for r in range(cu_BC.shape[0]):
+        for c in range(cu_BC.shape[1]):
+            start = cu_BC[r, c]
+            stop = cu_BC[r, c + 1] if c + 1 < cu_BC.shape[1] else T
+            row = out[r * T + start : r * T + stop]
+            for i in range(row.size):
+                row[i] = i

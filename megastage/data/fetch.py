@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ class RowTools:
 
     pool: BufferPool = field(default_factory=BufferPool)
     kernels: RowKernels | None = None
+    _scratch: threading.local = field(default_factory=threading.local)
 
     @classmethod
     def make(cls, sources: Iterable[TokenSource], batch_tokens: int, *, pin: bool = False) -> RowTools:
@@ -30,6 +33,13 @@ class RowTools:
         if kernels is not None:
             warm(kernels, {source.flat_parts[0].tokens.dtype for source in sources if source.flat_parts})
         return cls(BufferPool(pin=pin), kernels)
+
+    def scratch(self, name: str, n: int, dtype: Any = np.int64) -> np.ndarray:
+        """dtype[n or more] with anything in it, this thread's until it asks for the same name again."""
+        kept = self._scratch.__dict__.get(name)
+        if kept is None or kept.size < n:
+            kept = self._scratch.__dict__[name] = np.empty(n, dtype)
+        return kept
 
 
 def fill_compiled(
@@ -53,8 +63,9 @@ def fill_compiled(
     T, P = len(tokens) // B, len(rows.starts)
     source_B = np.ascontiguousarray(source_B, np.int64)
     offsets, starts, lengths = (np.ascontiguousarray(values, np.int64) for values in rows)
-    found, n_found = tools.pool.array(len(tokens) if document_mask else 0, np.int32), np.zeros(1, np.int64)
-    first_P, count_P = np.zeros(P, np.int64), np.zeros(P, np.int64)
+    found, n_found = tools.scratch("found", len(tokens) if document_mask else 0, np.int32), np.zeros(1, np.int64)
+    first_P, count_P = tools.scratch("first", P), tools.scratch("count", P)
+    count_P[:P] = 0
     limit = np.uint64(_NO_LIMIT if vocab_size is None else vocab_size)
     for number in [0] if len(sources) == 1 else np.unique(source_B).tolist():
         source = sources[number]
@@ -73,12 +84,12 @@ def fill_compiled(
             )  # fmt: skip
             if bad >= 0:
                 return None
-    valid_B, counts_B = np.empty(B, np.int64), np.empty(B, np.int64)
+    valid_B = np.empty(B, np.int64)
     mode = ALL_ENDS if document_mask else PIECE_ENDS
-    most = kernels.finish(offsets, lengths, count_P, valid_B, counts_B, T, mode, tokens, labels)
+    most = kernels.finish(offsets, lengths, count_P, valid_B, T, mode, tokens, labels)
     cu_BC = np.empty((B, 1 << int(most).bit_length()), np.int32)
     if not document_mask:
-        count_P = np.zeros(P, np.int64)
+        count_P[:P] = 0
     kernels.bounds(offsets, found, first_P, count_P, valid_B, cu_BC)
     return cu_BC
 

@@ -8,52 +8,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megastage.data.blend import BlendTable, integer_weights
+from megastage.data.blend_tables import broadcast_tables, long_tables
 from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank_of
+from megastage.data.data_stage import DataStage
 from megastage.data.lanes import LaneOrder
 from megastage.data.order import Order, make_order
-from megastage.data.sources.base import SourceError, SourceOptions, TokenSource, open_source, without_building
+from megastage.data.sources.base import (
+    SourceError,
+    SourceOptions,
+    TokenSource,
+    is_cached,
+    open_source,
+    without_building,
+)
 
 Spec = tuple[str, str]  # (dataset_type, path)
 Settings = Mapping[str, Mapping[str, Any]]  # by order key
-
-
-class DataStage(Protocol):
-    """What the data engine needs to know of a stage (`megastage.stages.Stage` has it)."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def start_step(self) -> int: ...
-    @property
-    def end_step(self) -> int: ...
-    @property
-    def never_runs(self) -> bool: ...
-    @property
-    def dataset(self) -> str | None: ...
-    @property
-    def dataset_path(self) -> str | None: ...
-    @property
-    def dataset_type(self) -> str: ...
-    @property
-    def dataset_folders(self) -> Sequence[str]: ...
-    @property
-    def dataset_weights(self) -> Sequence[float]: ...
-    @property
-    def dataset_random_seed(self) -> int: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def global_batch_size(self) -> int: ...
-    @property
-    def document_mask(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +55,10 @@ class DataIndex:
     stages: Mapping[int, StageIndex]
     orders: Mapping[str, Order]
     sources: Mapping[str, TokenSource]  # by fingerprint, in hex
+
+    def tables(self) -> list[BlendTable]:
+        """Every stage's table, in the order of the stages."""
+        return [stage.table for stage in self.stages.values()]
 
 
 class DataError(SourceError):
@@ -133,19 +114,22 @@ def build_index(
             report = {"problems": problems} if problems else _describe(built)
         except Exception as error:  # whatever it is, the others must not wait for it
             report = {"problems": [*problems, f"{type(error).__name__}: {error}"]}
+    elif group is not None:
+        opened = _open_ahead(stages, options)
     report = json.loads(broadcast_bytes(json.dumps(report).encode(), group))
     if "problems" in report:
         raise DataError(report["problems"])
     if group is None:
         assert built is not None
         return built
-    text = any(kind == "huggingface" for kind, _ in report["sources"])
-    for turn in (True, False) if text else (None,):  # leaders write the cache of their node, then the rest read it
+    tables = broadcast_tables(None if built is None else built.tables(), report["blends"], group)
+    cached = any(is_cached(kind, path) for kind, path in report["sources"])
+    for turn in (True, False) if cached else (None,):  # leaders write the cache of their node, then the rest read it
         message = ""
         if built is None and turn in (leader, None):
             try:
                 mine = options if leader else without_building(options)
-                built = _prove(stages, mine, vocab_size, report)
+                built = _prove(stages, mine, vocab_size, report, opened, tables)
             except Exception as error:
                 message = f"rank {rank_of(group)}: {error}"
         found = [content.decode() for content in gather_bytes(message.encode(), group) if content]
@@ -182,6 +166,20 @@ def _key_of_one(stage: DataStage) -> str:
     return "dataset_path" if stage.dataset_path else "dataset"
 
 
+def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spec, TokenSource]:
+    """What can be opened while rank 0 does the same; what cannot is left to be reported after its report."""
+    opened: dict[Spec, TokenSource] = {}
+    for stage in _running(stages):
+        with suppress(SourceError):
+            for kind, path in specs_of(stage):
+                if not is_cached(kind, path) and (kind, path) not in opened:
+                    with suppress(Exception):  # it comes again when the source is proven
+                        source = open_source(kind, path, options)
+                        assert source.fingerprint
+                        opened[kind, path] = source
+    return opened
+
+
 def _index(
     stages: Sequence[DataStage],
     opened: Mapping[Spec, TokenSource],
@@ -189,9 +187,10 @@ def _index(
     settings: Settings,
     problems: list[str],
     superblock: int | None = None,
+    tables: Mapping[bytes, BlendTable] | None = None,
 ) -> DataIndex:
     indexes: dict[int, StageIndex] = {}
-    tables: dict[bytes, BlendTable] = {}
+    tables = dict(tables or {})
     for stage in _running(stages):
         try:
             sources = [opened[spec] for spec in specs_of(stage)]
@@ -336,31 +335,36 @@ def _describe(index: DataIndex) -> dict[str, Any]:
         "sources": [list(spec) for spec in sources],
         "fingerprints": list(sources.values()),
         "tables": {str(number): stage.table.crc32 for number, stage in index.stages.items()},
+        "blends": [table.weights.tolist() for table in long_tables(index.tables())],
         "orders": {key: order.settings() for key, order in index.orders.items()},
     }
 
 
 def _prove(
-    stages: Sequence[DataStage], options: SourceOptions, vocab_size: int | None, report: Mapping[str, Any]
+    stages: Sequence[DataStage],
+    options: SourceOptions,
+    vocab_size: int | None,
+    report: Mapping[str, Any],
+    ahead: Mapping[Spec, TokenSource],
+    tables: Mapping[bytes, BlendTable],
 ) -> DataIndex:
-    """This rank's own index; raises SourceError where it is not that of rank 0."""
+    """This rank's own index; raises SourceError where it is not that of rank 0. ahead: sources opened before."""
     opened: dict[Spec, TokenSource] = {}
     problems: list[str] = []
     for (kind, path), expected in zip(report["sources"], report["fingerprints"]):
         try:
-            source = opened[kind, path] = open_source(kind, path, options)
+            source = opened[kind, path] = ahead.get((kind, path)) or open_source(kind, path, options)
         except ValueError as error:
             problems.append(str(error))
             continue
         if source.fingerprint.hex() != expected:
             problems.append(
                 f"{path}: its content differs from rank 0's (digest here {source.fingerprint.hex()}, "
-                f"there {expected}); "
-                "copy the data to this node again"
+                f"there {expected}); copy the data to this node again"
             )
     if problems:
         raise SourceError("; ".join(problems))
-    index = _index(stages, opened, vocab_size, report["orders"], problems)
+    index = _index(stages, opened, vocab_size, report["orders"], problems, tables=tables)
     if not problems and json.loads(json.dumps(_describe(index))) != report:
         problems.append("its blend tables or sample orders differ from rank 0's; run the same version on all nodes")
     if problems:

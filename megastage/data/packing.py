@@ -176,7 +176,9 @@ class PackedOrder:
         """See `Order.enter`. Visits without a mark are found by packing all blocks before them."""
         front: _Frontier | None = None
         before, current = runs(history, seq_len)
-        for visit in before:
+        # what lies before a mark has no part in what follows it
+        first = max((i for i, visit in enumerate(before) if visit.mark is not None), default=0)
+        for visit in before[first:]:
             front = PackedCursor(self, front, visit.seq_len, visit.mark).frontier(visit.rows)
         return PackedCursor(self, front, seq_len, mark or current.mark, current.rows)
 

@@ -66,9 +66,19 @@ def slow(source, rows, T, mask):
     return out
 
 
+def plain_positions(batch):
+    """Counted from bound to bound."""
+    rows = []
+    for bounds in batch.cu_seqlens_BC.tolist():
+        ends = [*bounds[1:], batch.tokens_BT.shape[1]]
+        rows.append([i for start, end in zip(bounds, ends) for i in range(end - start)])
+    return torch.tensor(rows)
+
+
 def both(sources, source_B, ids_B, rows, **kwargs):
     """By the plain code, after it was shown that the compiled loops give the same."""
     batch = assemble(sources, source_B, ids_B, rows, **kwargs)
+    batch.shard_positions_BT = plain_positions(batch)
     kernels = row_kernels()
     if kernels is not None:
         compiled = assemble(sources, source_B, ids_B, rows, **kwargs, tools=RowTools(kernels=kernels))
@@ -250,6 +260,8 @@ def test_memory_is_lent_again_only_when_nobody_holds_it():
     assert pool.tensor(1000).data_ptr() == address
 
 
-def test_positions_from_bounds():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_positions_from_bounds(monkeypatch, compiled):
+    monkeypatch.setattr("megastage.data.batch.row_kernels_in_use", row_kernels if compiled else lambda: None)
     cu_BC = torch.tensor([[0, 2, 5, 5], [0, 6, 6, 6]], dtype=torch.int32)
     assert positions_of(cu_BC, 6).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]

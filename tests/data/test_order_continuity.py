@@ -10,6 +10,7 @@ import pytest
 
 from megastage.data.blend import BlendTable, integer_weights
 from megastage.data.order import Visit, make_order
+from megastage.data.packing import PackedOrder
 
 STAGES = [  # (row length, weights, rows)
     (64, [0.5, 0.2, 0.2, 0.1, 0.0], 900),
@@ -146,3 +147,18 @@ def test_run_is_the_one_of_all_releases(kind, whole):
 
 
 GOLDEN = {"lanes": "a6058a2edb324720", "packed": "67be7b2410164e00", "streams": "c25fc61ce451dd4a"}
+
+
+def test_a_mark_makes_what_lies_before_it_needless():
+    """A chain of stages entered with marks reads the same rows as one found by packing everything."""
+    lengths = np.random.default_rng(5).integers(1, 300, 900)
+    order = PackedOrder(np.cumsum(lengths), block_documents=100, seed=3, fingerprint=b"f")
+    plain, marked = [], []
+    for seq_len, rows in ((64, 900), (512, 70), (94, 300), (128, 2)):
+        cursor = order.enter(plain, seq_len)
+        cursor.rows(np.arange(rows))
+        plain.append(Visit(seq_len, rows))
+        marked.append(Visit(seq_len, rows, cursor.mark(rows)))
+    assert [visit.mark is None for visit in marked] == [False, False, False, True]
+    one, two = order.enter(plain, 77).rows(np.arange(200)), order.enter(marked, 77).rows(np.arange(200))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two))

@@ -1,6 +1,9 @@
 """Damaged files: every reader either refuses with a ValueError that names a file, or reads the right tokens."""
 
+import json
 import shutil
+import time
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -14,31 +17,32 @@ from megastage.data.packed_memmap import PackedMemmapWriter
 from megastage.data.sources.base import open_source
 
 DOCS = documents(11, 12, low=2, high=12)
+KINDS = ["nanoset", "megatron", "packed", "triple", "arrow", "parquet"]
 ROWS = [doc[:2] * 4 for doc in DOCS]
 
 
-def write(folder, kind):
+def write(folder, kind, docs=DOCS):
     """(dataset_type, path, files that hold the tokens themselves)."""
     if kind == "nanoset":
-        write_nanoset(folder, "x", DOCS, loss=[1] * len(flat(DOCS)))
+        write_nanoset(folder, "x", docs, loss=[1] * len(flat(docs)))
         return "nanoset", folder, {"x.ds"}
     if kind == "megatron":
-        write_megatron(folder / "x", DOCS)
+        write_megatron(folder / "x", docs)
         return "megatron", folder, {"x.bin"}
     if kind == "packed":
         with PackedMemmapWriter(folder / "p", "uint16") as writer:
-            for doc in DOCS:
+            for doc in docs:
                 writer.append(np.array(doc))
         return "packed_memmap", folder / "p", {"tokens.bin"}
     if kind == "triple":
-        np.save(folder / "x_token.npy", np.array(flat(DOCS), np.uint16))
-        np.save(folder / "x_mask.npy", np.ones(len(flat(DOCS)), np.uint8))
-        np.save(folder / "x_index.npy", np.cumsum([len(doc) for doc in DOCS]))
+        np.save(folder / "x_token.npy", np.array(flat(docs), np.uint16))
+        np.save(folder / "x_mask.npy", np.ones(len(flat(docs)), np.uint8))
+        np.save(folder / "x_index.npy", np.cumsum([len(doc) for doc in docs]))
         return "packed_memmap", folder / "x", {"x_token.npy"}
     if kind == "arrow":
-        write_saved_dataset(folder, {"input_ids": DOCS}, shards=1)
+        write_saved_dataset(folder, {"input_ids": docs}, shards=1)
         return "preprocessed", folder, {"data-00001.arrow"}
-    pq.write_table(pa.table({"input_ids": pa.array(DOCS, pa.list_(pa.int32()))}), folder / "x.parquet")
+    pq.write_table(pa.table({"input_ids": pa.array(docs, pa.list_(pa.int32()))}), folder / "x.parquet")
     return "preprocessed", folder, {"x.parquet"}
 
 
@@ -56,7 +60,7 @@ def damage(content, how, where, value):
     return content[: at // 2] + content[at:]  # a hole
 
 
-@pytest.mark.parametrize("kind", ["nanoset", "megatron", "packed", "triple", "arrow", "parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_never_give_wrong_tokens(tmp_path, kind):
     sound = tmp_path / "sound"
     sound.mkdir()
@@ -95,3 +99,94 @@ def test_damaged_files_never_give_wrong_tokens(tmp_path, kind):
             assert got == want
 
     check()
+
+
+def read_or_refuse(dataset_type, path):
+    """All tokens, or None where a ValueError names a file of the data set; anything else fails."""
+    refused = ""
+    try:
+        source = open_source(dataset_type, path)
+        tokens = source.read(0, source.n_tokens).tolist()
+        source.document_ends(np.array([0]), np.array([source.n_tokens]))
+        return tokens
+    except ValueError as error:
+        refused = str(error)
+    assert str(path.parent) in refused
+    return None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_another_data_set_are_refused_or_read_as_what_they_are(tmp_path, kind):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    dataset_type, path, token_files = write(tmp_path / "one", kind)
+    others = documents(12, 17, low=2, high=12)
+    write(tmp_path / "two", kind, others)
+    for file in sorted(file for file in (tmp_path / "one").rglob("*") if file.is_file()):
+        sound = file.read_bytes()
+        shutil.copy(tmp_path / "two" / file.relative_to(tmp_path / "one"), file)
+        got = read_or_refuse(dataset_type, path)
+        # a file that tells where the others end cannot be exchanged; one that holds all that there is, can
+        if file.name not in token_files:
+            assert got in (None, flat(DOCS)), file
+        else:
+            assert got in (None, flat(others)), file
+        file.write_bytes(sound)
+    assert read_or_refuse(dataset_type, path) == flat(DOCS)
+
+
+@pytest.mark.parametrize("kind", ["nanoset", "megatron", "packed", "triple"])
+def test_files_of_a_data_set_that_changed_places_are_refused(tmp_path, kind):
+    dataset_type, path, token_files = write(tmp_path, kind)
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    for one, two in ((a, b) for a in files for b in files if a < b):
+        contents = one.read_bytes(), two.read_bytes()
+        one.write_bytes(contents[1])
+        two.write_bytes(contents[0])
+        got = read_or_refuse(dataset_type, path)
+        # a swap that leaves the tokens and the sizes of everything right changes nothing that can be seen
+        assert got is None or (got == flat(DOCS) and not {one.name, two.name} & token_files), (one, two)
+        one.write_bytes(contents[0])
+        two.write_bytes(contents[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "at", "value"),
+    [
+        ("megatron", "x.idx", 18, 2**62),  # sequences
+        ("megatron", "x.idx", 26, 2**63 - 1),  # document bounds
+        ("megatron", "x.idx", 18, 2**64 - 1),
+        ("nanoset", "x.ds.index", 0, 2**64 - 1),
+        ("nanoset", "x.ds.index", 8, 2**63),
+        ("packed", "p/documents.bin", 0, 2**64 - 1),
+        ("arrow", "data-00001.arrow", 4, 2**31 - 1),  # length of the first message
+        ("arrow", "data-00001.arrow", 4, 2**63 - 1),
+        ("parquet", "x.parquet", -12, 2**63 - 1),  # length of the footer
+    ],
+)
+def test_headers_that_claim_the_impossible_take_no_memory_and_no_time(tmp_path, kind, name, at, value):
+    dataset_type, path, _ = write(tmp_path, kind)
+    content = bytearray((tmp_path / name).read_bytes())
+    at %= len(content)
+    content[at : at + 8] = value.to_bytes(8, "little")
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    start = time.perf_counter()
+    assert read_or_refuse(dataset_type, path) is None
+    assert time.perf_counter() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
+def test_metadata_with_huge_numbers_is_refused(tmp_path):
+    dataset_type, path, _ = write(tmp_path, "nanoset")
+    for text in ("x|2\n" + "9" * 5000, "x|" + "9" * 5000 + "\n1", "x|2\n" + str(2**70)):
+        (tmp_path / "x.ds.metadata").write_text(text)
+        assert read_or_refuse(dataset_type, path) is None
+    (tmp_path / "two").mkdir()
+    dataset_type, path, _ = write(tmp_path / "two", "packed")
+    metadata = json.loads((path / "metadata.json").read_text())
+    for key in ("n_tokens", "n_documents", "page_bytes"):
+        for value in (2**70, -1, 1e300, "9" * 40):
+            (path / "metadata.json").write_text(json.dumps({**metadata, key: value}))
+            assert read_or_refuse(dataset_type, path) is None

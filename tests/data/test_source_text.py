@@ -1,6 +1,8 @@
 import gzip
 import json
 import os
+import subprocess
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pytest
 from source_files import write_saved_dataset
 
 from megastage.data.packed_memmap import verify
-from megastage.data.sources import sample_text, text
+from megastage.data.sources import huggingface, sample_text, text
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 
 TEXTS = ["A first text.", "Zweiter Text: äöü €.", "third", "", "the\nlast one"]
@@ -98,6 +100,50 @@ def test_the_same_size_and_time_with_another_text_is_noticed(tmp_path):
     assert open_source("huggingface", file, options).fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("whole_bytes", [1 << 30, 1000])
+def test_an_edit_far_inside_a_file_is_noticed_and_a_copy_is_not_an_edit(tmp_path, monkeypatch, whole_bytes):
+    monkeypatch.setattr(text, "_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(text, "_PAGE_BYTES", 16)
+    file, copy = tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt"
+    file.parent.mkdir()
+    copy.parent.mkdir()
+    file.write_bytes(b"word " * 40_000)
+    before, times = text.content_key([file]), os.stat(file).st_mtime_ns
+    assert text.content_key([file]) == before
+    copy.write_bytes(file.read_bytes())
+    assert (text.content_key([copy]) == before) == (whole_bytes > 200_000)
+    with open(file, "r+b") as opened:
+        opened.seek(123_457)
+        opened.write(b"Z")
+    os.utime(file, ns=(times, times))
+    assert text.content_key([file]) != before
+
+
+def test_what_killed_builds_left_is_removed_and_what_others_build_is_not(tmp_path):
+    cache = tmp_path / "cache"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = huggingface._here()
+    names = {
+        f"..text-aa-{here}-{ended.pid}-12345678.partial": False,
+        f".text-aa-{here}-{os.getpid()}-12345678": True,
+        ".text-aa-elsewhere-1-12345678": True,
+        "..text-aa-elsewhere-2-12345678.partial": False,
+        "text-aa": True,
+        "other": True,
+    }
+    for name in names:
+        (cache / name).mkdir(parents=True)
+        (cache / name / "tokens.bin").write_bytes(b"1")
+    old = time.time() - 2 * huggingface._ABANDONED_S
+    for path in (cache / "..text-aa-elsewhere-2-12345678.partial").rglob("*"):
+        os.utime(path, (old, old))
+    os.utime(cache / "..text-aa-elsewhere-2-12345678.partial", (old, old))
+    options = SourceOptions(tokenizer=WordTokenizer(), cache_folder=cache)
+    open_source("huggingface", write(tmp_path / "in", "jsonl"), options)
+    assert {name: (cache / name).exists() for name in names} == names
+
+
 def test_a_failed_build_leaves_nothing_behind(tmp_path):
     class Breaks(WordTokenizer):
         def encode_batch(self, texts):
@@ -156,7 +202,7 @@ def test_the_default_text_needs_nothing_and_never_changes(tmp_path):
     validation = open_source("huggingface", "c4_validation", SourceOptions(cache_folder=tmp_path))
     assert validation.fingerprint != source.fingerprint
     # golden: the same text on every machine, so that runs can be compared
-    assert source.fingerprint.hex()[:16] == "a86c212bbee7a9ae"
+    assert source.fingerprint.hex()[:16] == "f5e09d30c5f9198a"
 
 
 def test_folders_are_read_in_order_without_hidden_files(tmp_path):

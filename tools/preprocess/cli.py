@@ -79,6 +79,8 @@ def _add_tokenize(commands: Any) -> None:
     add("--no-eos", action="store_true", help="append nothing to documents")
     add = command.add_argument
     add("--workers", type=_positive, default=_cpus(), metavar="N", help="processes (default: one a CPU)")
+    many = "auto (default): gigatoken where it is installed and gives the same tokens on a sample, else hf"
+    add("--engine", choices=("auto", "hf", "gigatoken"), default="auto", help=many)
     add("--overwrite", action="store_true", help="replace an output that exists")
 
 

@@ -15,6 +15,7 @@ import tokenizers
 from megastage.data import packed_memmap
 from megastage.data.durable import check_target
 from megastage.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, choose_engine
 
 from . import nanoset
 from .encode import LONG_CHARACTERS
@@ -38,6 +39,8 @@ def run(options: Namespace) -> int:
     with _WorkFolder(Path(options.output)) as work:
         tokenizer, tokenizer_path = _tokenizer(options, files, work.path)
         eos_id = _eos_id(options, tokenizer)
+        sample = sample_texts(files, options.text_field, SAMPLE_CHARACTERS, skip_bad=True)
+        encoder, engine = choose_engine(options.engine, tokenizer, sample)
         settings = Settings(
             work_folder=os.fspath(work.path),
             tokenizer_path=tokenizer_path,
@@ -47,6 +50,7 @@ def run(options: Namespace) -> int:
             text_field=options.text_field,
             skip_bad=options.skip_bad,
             library_version=tokenizers.__version__,
+            engine="hf" if encoder is tokenizer else "gigatoken",
         )
         shards = _make_shards(pieces, settings, options.workers)
         total = ShardFacts()
@@ -56,7 +60,7 @@ def run(options: Namespace) -> int:
             raise InputError(_nothing(total, files))
         _assemble(options, settings, pieces, tokenizer, total)
         work.remove()
-    _summary(options, files, total, tokenizer, eos_id, time.monotonic() - start)
+    _summary(options, files, total, tokenizer, eos_id, engine, time.monotonic() - start)
     return 0
 
 
@@ -160,6 +164,7 @@ def _summary(
     total: ShardFacts,
     tokenizer: Tokenizer,
     eos_id: int | None,
+    engine: str,
     seconds: float,
 ) -> None:
     size = sum(entry.stat().st_size for entry in os.scandir(options.output))
@@ -168,6 +173,7 @@ def _summary(
         ("output", f"{options.output} ({options.format}, {size / 1e6:,.1f} MB)"),
         ("input", f"{len(files):,} files, {total.text_bytes / 1e6:,.1f} MB of text"),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {dtype}"),
+        ("engine", engine),
         ("end of document", "not appended" if eos_id is None else f"id {eos_id}, {tokenizer.decode([eos_id])!r}"),
         ("documents", f"{total.documents:,} ({total.empty_documents:,} empty ones left out)"),
         ("tokens", f"{total.tokens:,}"),

@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnContext
 from typing import Any
 
 from megastage.data.tokenizer import Tokenizer, load_tokenizer
+from megastage.data.tokenizer_fast import FastTokenizer
 
 from .encode import encode_piece
 from .inputs import InputError, Piece
@@ -140,7 +141,7 @@ def _load(settings: Settings) -> Tokenizer:
     tokenizer = load_tokenizer(settings.tokenizer_path)
     if tokenizer.sha256 != settings.tokenizer_sha256:
         raise InputError(f"{settings.tokenizer_path}: changed while it was being used; run the same command again")
-    return tokenizer
+    return FastTokenizer(tokenizer) if settings.engine == "gigatoken" else tokenizer
 
 
 def _serve(pipe: Connection, settings: Settings, counter: Any) -> None:

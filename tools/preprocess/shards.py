@@ -39,6 +39,7 @@ class Settings:
     text_field: str
     skip_bad: bool
     library_version: str
+    engine: str = "hf"
 
     @property
     def dtype(self) -> np.dtype:
@@ -50,6 +51,8 @@ class Settings:
         `skip_bad` is left out on purpose: a shard without bad lines is the same either way.
         """
         facts = [_LAYOUT, self.tokenizer_sha256, self.vocab_size, self.eos_id, self.text_field, self.library_version]
+        if self.engine != "hf":
+            facts.append(self.engine)
         facts.extend(asdict(part) for part in piece.parts)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

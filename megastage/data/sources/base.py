@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ READERS = {
 }
 IGNORED = -100  # the label that the loss leaves out
 
-_PAGE_TOKENS = 2048
+_PAGE_TOKENS = 512
 _PAGES = 64
 _INDEX_HASH_LIMIT = 1 << 25  # document ends; a longer index is hashed by sampled blocks
 
@@ -229,11 +230,16 @@ class TokenSource:
             for ends in (part.doc_ends, part.unit_ends):
                 if ends is not None:
                     _hash_index(digest, ends, base)
-        for start in np.linspace(0, max(self.n_tokens - _PAGE_TOKENS, 0), _PAGES).astype(np.int64).tolist():
-            stop = min(start + _PAGE_TOKENS, self.n_tokens)
-            for values in (self.read(start, stop), self.labels(start, stop), self.loss_mask(start, stop)):
-                if values is not None:
-                    digest.update(np.ascontiguousarray(values).tobytes())
+        wanted = ((self.read, True), (self.labels, self.has_labels), (self.loss_mask, self.has_loss_mask))
+        read: list[Callable[[int, int], Any]] = [gather for gather, there in wanted if there]
+        starts = np.linspace(0, max(self.n_tokens - _PAGE_TOKENS, 0), _PAGES).astype(np.int64)
+        if len(read) == len(self._parts) == self._parts[0].tokens.ndim == 1 and self.n_tokens >= _PAGE_TOKENS:
+            # all at once, which is what follows in a twentieth of the time
+            digest.update(self._parts[0].tokens[starts[:, None] + np.arange(_PAGE_TOKENS)].data)
+            return digest.digest()
+        for start in starts.tolist():
+            for gather in read:
+                digest.update(np.ascontiguousarray(gather(start, min(start + _PAGE_TOKENS, self.n_tokens))).data)
         return digest.digest()
 
 
@@ -310,7 +316,10 @@ def map_array(file: Path, dtype: Any, *, offset: int = 0, count: int | None = No
     if count == 0:
         return np.empty(0, kind)
     try:
-        return np.asarray(np.memmap(file, dtype=kind, mode="r", offset=offset, shape=(count,)))
+        with open(file, "rb") as opened:
+            # an eighth of the time of np.memmap, which counts with hundreds of files
+            mapped = mmap.mmap(opened.fileno(), offset + count * kind.itemsize, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, kind, count, offset)
     except PermissionError:
         raise SourceError(f"{file}: not readable by this user; change its permissions") from None
 
@@ -354,14 +363,29 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
     """Open a data set of a given type. Raises SourceError (a ValueError) that names file, value and way out."""
     if dataset_type not in READERS:
         raise SourceError(f"dataset_type {dataset_type!r} is not known; choose one of {', '.join(sorted(READERS))}")
+    options = options or SourceOptions()
     module = importlib.import_module(f"megastage.data.sources.{READERS[dataset_type]}")
     reader: Callable[[Path | str, SourceOptions], TokenSource] = module.open_folder
+    local = path
     try:
-        return reader(str(path) if dataset_type == "huggingface" else Path(path), options or SourceOptions())
+        if "://" in str(path):
+            local = importlib.import_module("megastage.data.sources.remote").fetch(str(path), options)
+        source = reader(str(local) if dataset_type == "huggingface" else Path(local), options)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read as {dataset_type} ({error})") from error
+    except SourceError as error:
+        if local is path:
+            raise
+        raise SourceError(str(error).replace(str(local), str(path))) from error
+    source.path = str(path)
+    return source
 
 
 def without_building(options: SourceOptions) -> SourceOptions:
     """The same options for a process that may only read the cache."""
     return replace(options, may_build=False)
+
+
+def is_cached(dataset_type: str, path: str) -> bool:
+    """Whether opening writes to the node's cache, which one process of the node must do before the others."""
+    return dataset_type == "huggingface" or "://" in path

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -21,6 +24,7 @@ from megastage.data.sources import sample_text, text
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource
 
 _BATCH_DOCUMENTS = 512
+_ABANDONED_S = 86_400.0
 _HUB_NAMES = {"c4": ("allenai/c4", "en")}
 
 
@@ -100,7 +104,8 @@ def _from_hub(name: str, options: SourceOptions) -> tuple[bytes, Iterator[str]]:
 
 def _build(folder: Path, documents: Iterable[str], tokenizer: Any, path: str) -> None:
     """Tokenize into a folder of this process's own, then rename: several builders cannot disturb each other."""
-    building = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    _clean(folder.parent)
+    building = folder.with_name(f".{folder.name}-{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     facts = TokenizerFacts(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
     end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
     stream = iter(documents)
@@ -120,3 +125,38 @@ def _build(folder: Path, documents: Iterable[str], tokenizer: Any, path: str) ->
         if isinstance(error, OSError) and (folder / METADATA).exists():
             return  # another node of a shared file system was faster, with the same bytes
         raise
+
+
+def _here() -> str:
+    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
+
+
+def _clean(cache: Path) -> None:
+    """Remove what killed builds left: their process is gone from this machine, or nothing was written for a day."""
+    for folder in cache.glob(".*text-*"):
+        # .text-KEY-HOST-PID-RANDOM, while it is written ..text-KEY-HOST-PID-RANDOM.partial
+        _, _, host, pid, *_ = [*folder.name.lstrip(".").split("-"), "", "", ""]
+        if host == _here() and pid.isdigit():
+            dead = not _is_running(int(pid))
+        else:
+            dead = _idle_s(folder) > _ABANDONED_S
+        if dead:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _idle_s(folder: Path) -> float:
+    """Seconds since anything in the folder was written; 0 when it has just gone."""
+    try:
+        return time.time() - max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
+    except OSError:
+        return 0.0
