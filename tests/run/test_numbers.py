@@ -25,14 +25,8 @@ SEQ_LEN, ROWS, STEPS = 96, 6, 6
 HF_NAMES = (
     ("model.tok_embeddings", "model.embed_tokens"), ("model.output", "lm_head"), ("attention_norm", "input_layernorm"),
     ("ffn_norm", "post_attention_layernorm"), ("attention.wq", "self_attn.q_proj"),
-<<<<<<< HEAD
     ("attention.wk", "self_attn.k_proj"), ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
     ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
-=======
-    ("attention.wk", "self_attn.k_proj"), ("attention.wv", "self_attn.v_proj"),
-    ("attention.wo", "self_attn.o_proj"), ("feed_forward.w1", "mlp.gate_proj"),
-    ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
->>>>>>> main
 )  # fmt: skip
 
 
