@@ -101,10 +101,10 @@ def make_input(tmp_path: Path, name: str, content: bytes) -> Path:
         ("in.jsonl", GOOD.decode().encode("utf-16"), "is UTF-16"),
         ("in.csv", b"a,b", "unknown ending; accepted are .txt, .jsonl"),
         ("in.parquet", b"PAR1 nonsense PAR1", "not a readable parquet file"),
-        ("in.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "damaged gzip data"),
+        ("in.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], "damaged gzip data"),
         ("in.jsonl.gz", b"not gzip", "damaged gzip data"),
         ("in.jsonl.zst", b"not zstd", "damaged zstd data"),
-        ("in.txt.gz", gzip.compress(b"x\xff" * 1000), "in.txt.gz:1: not UTF-8"),
+        ("in.txt.gz", gzip.compress(b"x\xff" * 1000, mtime=0), "in.txt.gz:1: not UTF-8"),
     ],
 )
 def test_unusable_files(
