@@ -106,7 +106,8 @@ def intervals(
 def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor], softcap: bool) -> tuning.Tiles:
     bits = 32 if q.dtype == torch.float32 else 16
     arch = tuning.architecture(q.device.type, q.device.index)
-    tiles = tuning.lookup(kernel, arch, bits, padded(q.shape[3]), softcap)
+    D = q.shape[3]
+    tiles = tuning.lookup(kernel, arch, bits, padded(D), softcap, padded(D) > D)
     one, two = (_rows_per_batch(x) for x in streamed)
     fits = one is not None and (one == two or (two is not None and kernel == "dkv"))
     return tiles._replace(tma=tiles.tma and fits)

@@ -47,7 +47,7 @@ def specs(
 
 def _main(kernel: str, arch: str, dtype: str, D: int, softcap: bool, sink: bool) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(D))
-    tiles = tuning.lookup(kernel, arch, 32 if dtype == "fp32" else 16, width, softcap)
+    tiles = tuning.lookup(kernel, arch, 32 if dtype == "fp32" else 16, width, softcap, width > D)
     constexprs = {
         "D": D, "BLOCK_D": width, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CUT": tiles.cut,
         "SOFTCAP": softcap, "TMA": tiles.tma, "PRECISION": tuning.precision(arch, dtype == "fp32"),

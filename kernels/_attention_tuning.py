@@ -1,7 +1,8 @@
 """Tile shapes and launch options of the attention kernels, as data: tuning/flash_attention.json.
 
 Keyed by architecture, element width in bits, padded head dimension and kernel. An entry may hold changes for a Triton
-minor version under "triton" (the compilers differ in what they spill) and for softcap, which needs more registers.
+minor version under "triton" (the compilers differ in what they spill), and for head dimensions below the tile's width
+("padded") and softcap, which need more registers.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ def table() -> dict:
 
 
 @functools.cache
-def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = False) -> Tiles:
+def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = False, padded: bool = False) -> Tiles:
     """Entry for one kernel; smaller head dimensions than the table's smallest use that one."""
     heads = table()[arch][str(bits)]
     width = min(int(d) for d in heads if int(d) >= block_d)
     entry = dict(heads[str(width)][kernel])
     minor = ".".join(triton.__version__.split(".")[:2])
-    capped, compilers = entry.pop("softcap", {}), entry.pop("triton", {})
-    entry.update(compilers.get(minor, {}))
+    changes = {key: entry.pop(key, {}) for key in ("triton", "padded", "softcap")}
+    entry.update(changes["triton"].get(minor, {}))
+    if padded:
+        entry.update(changes["padded"])
     if softcap:
-        entry.update(capped)
+        entry.update(changes["softcap"])
     options = tuple(sorted(entry.pop("options", {}).items()))
     return Tiles(**{**entry, "tma": bool(entry.get("tma", False))}, options=options)
 

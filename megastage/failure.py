@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import sys
+import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 BAD_INPUT, BROKEN, INTERRUPTED = 2, 1, 130
+_PRECEDENCE_S = 0.3
 _PATIENCE = timedelta(seconds=10)
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -37,8 +39,10 @@ def report(error: BaseException, *, rank: int, leads_node: bool, store: dist.Sto
         # without a store to ask, its host is what was lost, and has most likely said why
         first = not _noted(store, otherwise=not leads_node) and _first(store, "lost a peer", otherwise=leads_node)
     else:
-        first = _first(store, text, otherwise=True)
         _note(store)
+        if rank != 0:  # what all ranks met is for rank 0 to say
+            time.sleep(_PRECEDENCE_S)
+        first = _first(store, text, otherwise=True)
     if first:
         several = store is not None and rank != 0
         sys.stderr.write(f"[rank {rank}] {text}\n" if several else f"{text}\n")

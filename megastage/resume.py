@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megastage import build
+from megastage import build, runtime
 from megastage.checkpoint.loading import initial_train_state, load_initial
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.train_state import TrainState
@@ -26,6 +27,13 @@ from megastage.stages import Stage, compare, record, resolve_stages
 
 if TYPE_CHECKING:
     from megastage.startup import Parts
+
+# table -> its keys that a resumed run may have otherwise and should say so; empty: all of them
+_HOW_UPDATES_ARE_MADE: dict[str, tuple[str, ...]] = {
+    "optimizer": (),
+    "lr_scheduler": (),
+    "training": ("steps", "max_norm", "dtype", "mixed_precision_param", "mixed_precision_reduce"),
+}
 
 
 class Source:
@@ -114,23 +122,36 @@ def open_checkpoints(cfg: Config, rt: Runtime) -> CheckpointManager | None:
     settings = cfg.checkpoint
     if not settings.enable:
         return None
+    folder = Path(cfg.job.dump_folder) / settings.folder
+    runtime.make_writable(str(folder), "checkpoint.folder", rt.is_main)
     return CheckpointManager(
-        Path(cfg.job.dump_folder) / settings.folder,
+        folder,
         group=rt.checkpoint,
         keep_latest_k=settings.keep_latest_k,
         async_mode=settings.async_mode,
     )
 
 
-def compare_past(saved: TrainState, stages: tuple[Stage, ...]) -> None:
-    """Refuse edits of what was trained on; print those of the future."""
+def compare_past(saved: TrainState, stages: tuple[Stage, ...], cfg: Config) -> None:
+    """Refuse edits of what was trained on; print those of the future, and of how it is trained from here on."""
     problems, edits = compare(saved.stages, stages, saved.step)
     if problems:
         raise ValueError(
             f"the configuration contradicts the checkpoint of step {saved.step}:\n  - " + "\n  - ".join(problems)
         )
+    edits += changed_settings(saved.config, cfg.model_dump(mode="json"))
     if edits:
         log.info("Changed since the checkpoint:\n  - %s", "\n  - ".join(edits))
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys outside the stages that change how updates are made, with both values; `old` is a saved configuration."""
+    return [
+        f"{table}.{key} {json.dumps(before)} -> {json.dumps(new[table][key])}"
+        for table, keys in _HOW_UPDATES_ARE_MADE.items()
+        for key, before in old.get(table, {}).items()
+        if key in new[table] and (not keys or key in keys) and new[table][key] != before
+    ]
 
 
 def tensors_to_save(model: build.Model, optimizer: Optimizer) -> dict[str, Tensor]:

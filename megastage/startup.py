@@ -86,7 +86,7 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     base_batch = resume.base_global_batch_size(cfg, layout, saved)
     stages = resolve_stages(cfg, layout, seed=seed, global_batch_size=base_batch)
     if saved is not None:
-        resume.compare_past(saved, stages)
+        resume.compare_past(saved, stages, cfg)
     position = None if saved is None or "dataloader" in source.excluded else saved.dataloader_state
     options = source_options(cfg, tokenizer)
     data = open_data(cfg, rt, model_cfg, stages, options, position)
@@ -125,7 +125,10 @@ def open_tokenizer(cfg: Config) -> Tokenizer | None:
     if not Path(path).exists() and "huggingface" not in types:
         log.info("Note: model.hf_assets_path = %r does not exist; no stage reads text, so it is not needed", path)
         return None
-    return load_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f'model.hf_assets_path = "{path}": {error}') from error
 
 
 def with_vocabulary(cfg: Config, model: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -70,7 +70,8 @@ class CheckpointManager:
         self._main_only(lambda: self.root.mkdir(parents=True, exist_ok=True))
         check_shared(self.root, self.ranks)
         for note in self._main_only(lambda: folders.recover(self.root)):
-            logger.warning("checkpoint folder %s: %s", self.root, note)
+            if self.ranks.is_main:
+                logger.warning("checkpoint folder %s: %s", self.root, note)
 
     def save(
         self,

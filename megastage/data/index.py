@@ -156,7 +156,7 @@ def _open_all(stages: Sequence[DataStage], options: SourceOptions, problems: lis
                 opened[spec] = open_source(*spec, options)
             except ValueError as error:
                 failed.add(spec)
-                where = f"dataset_folders[{number}]" if stage.dataset_folders else "dataset_path"
+                where = f"dataset_folders[{number}]" if stage.dataset_folders else _key_of_one(stage)
                 problems.append(f"{_title(stage)}, {where}: {error}")
     return opened
 
@@ -173,6 +173,11 @@ def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spe
                         assert source.fingerprint
                         opened[kind, path] = source
     return opened
+
+
+def _key_of_one(stage: DataStage) -> str:
+    """The key that names a stage's only source."""
+    return "dataset_path" if stage.dataset_path else "dataset"
 
 
 def _index(

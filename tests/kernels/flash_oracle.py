@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on the CPU here
-
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megastage.kernels.flash_attention import attention
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which the next line does
+
+from megastage.kernels.flash_attention import attention  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Case:
         return {name: getattr(self, name) for name in names}
 
     def cu_seqlens(self) -> Tensor | None:
-        return None if self.cu is None else torch.tensor(self.cu, dtype=torch.int32)
+        return None if self.cu is None else torch.tensor(self.cu, dtype=torch.int32, device=DEVICE)
 
     def mask(self) -> Tensor:
         """bool [B, T, S], pair by pair from the words of the contract."""
@@ -55,7 +56,7 @@ class Case:
                 for start, end in pairwise(bounds):
                     own |= (p >= start) & (p < end) & (j >= start) & (j < end)
                 seen[b] &= own
-        return seen
+        return seen.to(DEVICE)
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(self.seed)
@@ -63,12 +64,12 @@ class Case:
         shapes["v"] = shapes["k"]
         if self.sink:
             shapes["sink"] = (self.H,)
-        return {n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
+        return {n: torch.randn(s, generator=g, dtype=torch.float64).to(DEVICE, dtype) for n, s in shapes.items()}
 
     def cotangents(self) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(self.seed + 1)
         dout = torch.randn(self.B, self.T, self.H, self.D, generator=g, dtype=torch.float64)
-        return dout, torch.randn(self.B, self.H, self.T, generator=g, dtype=torch.float64)
+        return dout.to(DEVICE), torch.randn(self.B, self.H, self.T, generator=g, dtype=torch.float64).to(DEVICE)
 
 
 def dense(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

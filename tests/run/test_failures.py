@@ -11,8 +11,12 @@ import pytest
 import torch.distributed as dist
 from training import TINY, VOCAB, write_nanoset
 
-from megastage import failure, runtime
+from megastage import failure, resume, runtime, startup
+from megastage.config.layout import resolve_layout
+from megastage.config.load import load_config
+from megastage.data import index
 from megastage.model.flavors import get_flavor
+from megastage.stages import resolve_stages
 from ranks import free_port, run_ranks
 
 GLOO = "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:19665."
@@ -145,4 +149,43 @@ def test_a_loss_that_is_no_number_ends_the_job(tmp_path):
     codes, printed = _fail(2, _argv(str(data), tmp_path, "--optimizer.lr", "1e20"), tmp_path)
     assert set(codes) == {1}
     assert printed.count("loss nan") == 1
+    assert "[rank" not in printed  # rank 0 speaks for all
     assert "Traceback" not in printed
+
+
+@pytest.mark.dist
+def test_a_folder_left_by_a_killed_run_is_reported_once(tmp_path):
+    data = write_nanoset(tmp_path / "data", 4096, 0)
+    (tmp_path / "out" / "checkpoint" / "step-3.tmp").mkdir(parents=True)
+    checkpoint = ("--checkpoint.enable", "true", "--training.steps", "1")
+    codes, printed = _fail(2, _argv(str(data), tmp_path, *checkpoint), tmp_path)
+    assert codes == [0, 0]
+    assert printed.count("step-3.tmp was left half-done") == 1
+    assert "[rank" not in printed
+
+
+def test_a_missing_tokenizer_is_named_with_its_key():
+    cfg = load_config(["--model.hf_assets_path", "absent/folder"])
+    with pytest.raises(ValueError, match=r'^model.hf_assets_path = "absent/folder": .*no such file'):
+        startup.open_tokenizer(cfg)
+
+
+def test_what_changes_the_updates_of_a_resumed_run_is_shown():
+    saved = load_config(["--training.steps", "100"]).model_dump(mode="json")
+    now = load_config(["--training.steps", "120", "--optimizer.lr", "1e-3", "--training.max_norm", "1.0"])
+    changed = resume.changed_settings(saved, now.model_dump(mode="json"))
+    assert changed == ["optimizer.lr 0.0008 -> 0.001", "training.steps 100 -> 120"]
+    assert resume.changed_settings(saved, saved) == []
+
+
+@pytest.mark.parametrize(("path", "key"), [(None, "dataset"), ("absent", "dataset_path")])
+def test_a_source_that_cannot_be_opened_is_named_with_its_key(path, key, monkeypatch):
+    def refuse(*_args: object) -> None:
+        raise ValueError("not there")
+
+    monkeypatch.setattr(index, "open_source", refuse)
+    argv = ["--training.dataset_path", path] if path else []
+    cfg = load_config(argv, 1)
+    stages = resolve_stages(cfg, resolve_layout(cfg, 1), seed=0)
+    with pytest.raises(index.DataError, match=f"stage 1 'default', {key}: not there"):
+        index.build_index(stages, group=None, options=index.SourceOptions())

@@ -93,7 +93,10 @@ def _from_hub(name: str, options: SourceOptions) -> tuple[bytes, Iterator[str]]:
     try:
         rows: Any = datasets.load_dataset(*_HUB_NAMES.get(name, (name,)), split="train")
     except Exception as error:  # the hub client raises many kinds, network errors among them
-        raise SourceError(f"dataset {name!r}: no such local path, and the hub gave none ({error})") from error
+        raise SourceError(
+            f"dataset {name!r}: no such local path, and the hub gave none ({error}); "
+            "give a local dataset_path, or start where the hub can be reached"
+        ) from error
     if options.text_field not in rows.column_names:
         raise SourceError(f"dataset {name!r}: no column {options.text_field!r} (found {rows.column_names})")
     return str(rows._fingerprint).encode(), (row[options.text_field] for row in rows)
