@@ -161,14 +161,11 @@ def _open_all(stages: Sequence[DataStage], options: SourceOptions, problems: lis
     return opened
 
 
-<<<<<<< HEAD
 def _key_of_one(stage: DataStage) -> str:
     """The key that names a stage's only source."""
     return "dataset_path" if stage.dataset_path else "dataset"
 
 
-=======
->>>>>>> databench
 def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spec, TokenSource]:
     """What can be opened while rank 0 does the same; what cannot is left to be reported after its report."""
     opened: dict[Spec, TokenSource] = {}
@@ -181,14 +178,6 @@ def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spe
                         assert source.fingerprint
                         opened[kind, path] = source
     return opened
-<<<<<<< HEAD
-=======
-
-
-def _key_of_one(stage: DataStage) -> str:
-    """The key that names a stage's only source."""
-    return "dataset_path" if stage.dataset_path else "dataset"
->>>>>>> databench
 
 
 def _index(
