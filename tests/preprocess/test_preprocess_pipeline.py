@@ -308,8 +308,10 @@ def test_ctrl_c_is_clean_and_the_run_can_go_on(tmp_path: Path, bpe: Path, awaite
     command = [sys.executable, "-m", "megastage.preprocess", str(tmp_path / "in"), "--tokenizer", str(bpe)]
     command += ["--workers", "2", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # a shell's background jobs, and all they start, ignore SIGINT; a terminal's do not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list((tmp_path / ".out.work").glob(awaited)) and time.monotonic() < deadline:
         time.sleep(0.01)
