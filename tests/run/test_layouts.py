@@ -5,35 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from quick_start import QUICK_START
 from training import TINY, layout_flags, train, write_nanoset
 
 pytestmark = pytest.mark.dist
 
-QUICK_START = """
-[training]
-dataset_type = "nanoset"
-dataset_folders = ["{0}", "{1}", "{2}"]
-dataset_weights = [0.8, 0.1, 0.1]
-steps = 150000
-
-[[training.data_stages]]
-name = "general"
-start_step = 0
-end_step = 100000
-dataset_weights = [0.8, 0.1, 0.1]
-
-[[training.data_stages]]
-name = "reasoning"
-start_step = 100000
-end_step = 130000
-dataset_weights = [0.3, 0.35, 0.35]
-
-[[training.data_stages]]
-name = "long_context"
-start_step = 130000
-dataset_weights = [0.3, 0.35, 0.35]
-seq_len = 32768
-"""
 SCALED = [
     "--training.steps", "7", "--training.data_stages.0.end_step", "3", "--training.data_stages.1.start_step", "3",
     "--training.data_stages.1.end_step", "5", "--training.data_stages.2.start_step", "5",
@@ -50,7 +26,10 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quick")
     folders = [write_nanoset(root / name, 200_000, i) for i, name in enumerate(("general", "math", "code"))]
     config = root / "quick.toml"
-    config.write_text(QUICK_START.format(*folders))
+    text = QUICK_START
+    for folder in folders:
+        text = text.replace(f"/data/{folder.name}", str(folder))
+    config.write_text(text)
     return config
 
 
