@@ -9,6 +9,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from typing import Any
@@ -38,13 +39,14 @@ def run_pieces(
     if workers == 1 or len(pieces) <= 1:
         return _run_here(pieces, settings, on_bytes)
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+    counters = context.RawArray("q", min(workers, len(pieces)))  # input bytes read, one element a worker: no lock
     team: list[_Worker] = []
+    resource_tracker.ensure_running()  # its start, part of a first worker's start otherwise, unblocks interrupts
     try:
-        for _ in range(min(workers, len(pieces))):
+        for rank in range(len(counters)):
             with _interrupts_blocked():
-                team.append(_Worker(context, settings, counter))
-        return _deal(pieces, team, lambda: on_bytes(counter.value))
+                team.append(_Worker(context, settings, counters, rank))
+        return _deal(pieces, team, lambda: on_bytes(sum(counters)))
     finally:
         for worker in team:
             worker.stop()
@@ -53,9 +55,9 @@ def run_pieces(
 class _Worker:
     """A worker process and the pipe to it; each has its own, so the end of either process closes it."""
 
-    def __init__(self, context: SpawnContext, settings: Settings, counter: Any) -> None:
+    def __init__(self, context: SpawnContext, settings: Settings, counters: Any, rank: int) -> None:
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, settings, counter), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, settings, counters, rank), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -144,7 +146,7 @@ def _load(settings: Settings) -> Tokenizer:
     return FastTokenizer(tokenizer) if settings.engine == "gigatoken" else tokenizer
 
 
-def _serve(pipe: Connection, settings: Settings, counter: Any) -> None:
+def _serve(pipe: Connection, settings: Settings, counters: Any, rank: int) -> None:
     """A worker's life: pieces come in, shard facts or the error go out, until the pipe is closed."""
     with contextlib.suppress(OSError, AttributeError):
         # On Linux a worker ends with its parent even in the middle of a piece; elsewhere after it.
@@ -152,8 +154,7 @@ def _serve(pipe: Connection, settings: Settings, counter: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
 
     def count(more: int) -> None:
-        with counter.get_lock():
-            counter.value += more
+        counters[rank] += more
 
     with contextlib.suppress(EOFError, ConnectionError):
         tokenizer: Tokenizer | None = None
