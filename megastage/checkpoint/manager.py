@@ -29,6 +29,7 @@ from megastage.checkpoint.staging import Stager
 logger = logging.getLogger(__name__)
 
 ASYNC_MODES = ("disabled", "async", "async_with_pinned_mem")
+HELD_FOLDER_PATIENCE_S = 5.0  # a killed run that this one replaces may take a while to be gone
 SHARED_FOLDER_PATIENCE_S = 10.0  # network file systems show a new file to other nodes after a while
 
 
@@ -39,6 +40,7 @@ class CheckpointManager:
     collectives on it), or None for a single process. keep_latest_k: 0 keeps all. async_mode: "disabled", "async"
     (copy to host memory, write in a thread) or "async_with_pinned_mem" (the same through page-locked memory).
     check_replicas: compare what several ranks hold a copy of, and fail the save where it differs.
+    hold: until `close`, refuse the folder to every other run that holds it too.
 
     Every method is collective: all ranks call it, in the same order, from the training thread.
     """
@@ -52,6 +54,7 @@ class CheckpointManager:
         async_mode: str = "disabled",
         check_replicas: bool = True,
         files_per_rank: int = 1,
+        hold: bool = False,
     ) -> None:
         if async_mode not in ASYNC_MODES:
             raise ValueError(f"checkpoint.async_mode = {async_mode!r}: choose one of {', '.join(ASYNC_MODES)}")
@@ -67,7 +70,10 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._outcome: BaseException | None = None
         self._resumed_from: int | None = -1  # later checkpoints are superseded at the first save; None: done
+        self._held: int | None = None
         self._main_only(lambda: self.root.mkdir(parents=True, exist_ok=True))
+        if hold:
+            self._main_only(self._hold)
         check_shared(self.root, self.ranks)
         for note in self._main_only(lambda: folders.recover(self.root)):
             if self.ranks.is_main:
@@ -125,8 +131,13 @@ class CheckpointManager:
         self._raise_outcome()
 
     def close(self) -> None:
-        """Finish: wait for the save in flight and raise its failure."""
-        self.wait()
+        """Finish: wait for the save in flight and raise its failure; let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
 
     def latest_good(self, load_step: int = -1) -> int | None:
         """The newest step that a run can resume from, judged by manifest, train state and file sizes; None if none.
@@ -229,6 +240,9 @@ class CheckpointManager:
             text = f"checkpoint step-{job.step} was not saved: rank {self.ranks.rank}: {type(error).__name__}: {error}"
             self._outcome = CheckpointFailed(text)
             self._outcome.__cause__ = error
+
+    def _hold(self) -> None:
+        self._held = folders.hold(self.root, HELD_FOLDER_PATIENCE_S)
 
     def _raise_outcome(self) -> None:
         outcome, self._outcome = self._outcome, None

@@ -403,3 +403,13 @@ def test_pruning_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     assert loaded(CheckpointManager(tmp_path)) == 2
     assert names(tmp_path) == ["latest", "step-2"]
+
+
+def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megastage.checkpoint.manager.HELD_FOLDER_PATIENCE_S", 0.2)
+    first = CheckpointManager(tmp_path, hold=True)
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on "):
+        CheckpointManager(tmp_path, hold=True)
+    CheckpointManager(tmp_path)  # who only reads may
+    first.close()
+    CheckpointManager(tmp_path, hold=True).close()
