@@ -134,6 +134,7 @@ def open_checkpoints(cfg: Config, rt: Runtime) -> CheckpointManager | None:
         keep_latest_k=settings.keep_latest_k,
         async_mode=settings.async_mode,
         hold=not settings.load_only,
+        load_only=settings.load_only,
     )
 
 

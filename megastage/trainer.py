@@ -206,9 +206,8 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder."""
-        stage, tokenizer = lookup(self.stages, self.step), self.parts.tokenizer
-        eos_id = None if tokenizer is None else tokenizer.eos_id
-        export.write(self.cfg, self.runtime, self.mesh, self.model, stage, folder, eos_id)
+        stage = lookup(self.stages, self.step)
+        export.write(self.cfg, self.runtime, self.mesh, self.model, stage, folder, self.parts.tokenizer)
 
     def close(self) -> None:
         """Finish a save under way and release files and workers."""

@@ -40,7 +40,8 @@ class CheckpointManager:
     collectives on it), or None for a single process. keep_latest_k: 0 keeps all. async_mode: "disabled", "async"
     (copy to host memory, write in a thread) or "async_with_pinned_mem" (the same through page-locked memory).
     check_replicas: compare what several ranks hold a copy of, and fail the save where it differs.
-    hold: until `close`, refuse the folder to every other run that holds it too.
+    hold: until `close`, refuse the folder to every other run that holds it too. load_only: rename and clear up nothing,
+    since another run may be writing there; a damaged newest checkpoint is an error then.
 
     Every method is collective: all ranks call it, in the same order, from the training thread.
     """
@@ -55,6 +56,7 @@ class CheckpointManager:
         check_replicas: bool = True,
         files_per_rank: int = 1,
         hold: bool = False,
+        load_only: bool = False,
     ) -> None:
         if async_mode not in ASYNC_MODES:
             raise ValueError(f"checkpoint.async_mode = {async_mode!r}: choose one of {', '.join(ASYNC_MODES)}")
@@ -75,7 +77,8 @@ class CheckpointManager:
         if hold:
             self._main_only(self._hold)
         check_shared(self.root, self.ranks)
-        for note in self._main_only(lambda: folders.recover(self.root)):
+        self._load_only = load_only
+        for note in [] if load_only else self._main_only(lambda: folders.recover(self.root)):
             if self.ranks.is_main:
                 logger.warning("checkpoint folder %s: %s", self.root, note)
 
@@ -199,7 +202,7 @@ class CheckpointManager:
             try:
                 return step, self.load(step, wanted, exclude=exclude)
             except BadCheckpoint as error:
-                if load_step >= 0:
+                if load_step >= 0 or self._load_only:
                     raise
                 self.mark_bad(step, error)
 
@@ -277,6 +280,8 @@ class CheckpointManager:
                     return step
                 logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
             except BadCheckpoint as error:
+                if self._load_only:
+                    raise
                 self._set_bad(step, error)
         self._refuse_if_all_bad()
         return None
