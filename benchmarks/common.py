@@ -102,6 +102,9 @@ class DataStage:
     seq_len: int = 4096
     global_batch_size: int = 1024
     document_mask: bool = True
+    min_doc_len: int = 0
+    long_doc_len: int = 0
+    long_doc_share: float | None = None
 
 
 def megatron_config(cache: Path | None, seq_len: int, blend: Any) -> Any:
