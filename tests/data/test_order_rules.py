@@ -145,8 +145,17 @@ def test_nothing_is_read_twice_or_wrongly_whatever_the_documents(lengths, block,
         except ValueError:
             assume(False)
         audit.stage(history, seq_len, rows, rule)
+        # gone on with in the middle, from a mark, with nothing else known
+        first = source.enter(history, seq_len, None, rule)
+        whole, cut = flat(first.rows(np.arange(rows))), rows // 2
+        later = order(lengths, block).enter(history, seq_len, first.mark(cut), rule)
+        assert flat(later.rows(np.arange(cut, rows))) == whole[cut:]
         history.append(Visit(seq_len, rows, None, rule))
     audit.conclude()
+
+
+def flat(rows):
+    return [(rows.starts[a:b].tolist(), rows.lengths[a:b].tolist()) for a, b in pairwise(rows.offsets.tolist())]
 
 
 def test_the_share_holds_over_many_blocks():
@@ -176,12 +185,6 @@ def test_the_scarcer_kind_is_read_whole_and_rounding_is_even(n_long, n_short, sh
         assert len({pair[1 - scarce] for pair in kept}) <= 2
     else:
         assert set(kept) == {(n_long, 0) if share else (0, n_short)}
-
-
-def flat(rows):
-    return [
-        (rows.starts[a:b].tolist(), rows.lengths[a:b].tolist()) for a, b in pairwise(rows.offsets.tolist())
-    ]  # fmt: skip
 
 
 HISTORY = [Visit(64, 100), Visit(100, 60, None, DocRule(30, 120, 0.75)), Visit(512, 9, None, DocRule(20))]
