@@ -95,9 +95,8 @@ class Audit:
                 assert abs(off) <= max(share, 1 - share) + 1e-9
 
     def documents(self, epoch: int, block: int) -> list[int]:
-        starts, _ = self.source._documents(epoch * self.source.n_blocks + block)
-        held = [d for d in np.searchsorted(self.ends, starts, side="right").tolist() if d < len(self.lengths)]
-        return [d for d in dict.fromkeys(held) if self.lengths[d]]
+        starts, lengths = self.source._documents(epoch * self.source.n_blocks + block)
+        return np.searchsorted(self.ends, starts[lengths > 0], side="right").tolist()
 
 
 def test_six_stages_of_differing_rules():
