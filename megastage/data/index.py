@@ -270,6 +270,10 @@ def _make_orders(
             lengths.setdefault(key, []).append(length)
             rules.setdefault(key, []).extend([] if rule is None else [rule])
     orders: dict[str, Order] = {}
+    longest: dict[str, int] = {}
+    for stage in _running(stages):
+        for key, _, length in _uses(stage, indexes):
+            longest[key] = max(length, longest.get(key, 0))
     for stage in _running(stages):
         rule = rule_of(stage)
         for key, source, length in _uses(stage, indexes):
@@ -281,7 +285,10 @@ def _make_orders(
                 if rule is not None:
                     check_rule(rule, orders[key], length, source.n_documents)
             except ValueError as error:
-                problems.append(f"{_title(stage)}: {error}")
+                if (
+                    key in orders or length == longest[key]
+                ):  # a source too small for all lengths is the longest's matter
+                    problems.append(f"{_title(stage)}: {error}")
     if superblock is not None and orders and not any(isinstance(order, LaneOrder) for order in orders.values()):
         problems.append(f"training.superblock_tokens = {superblock}: no source is a token stream; leave it out")
     return orders

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import make_sources, run_stages, same, stages_of
-from source_files import FakeStage, write_nanoset
+from source_files import FakeStage, documents, write_nanoset
 
 from megastage.data.engine import DataEngine
 from megastage.data.index import DataError
@@ -148,6 +148,19 @@ def test_a_length_that_cannot_go_on_is_an_error_at_the_start(data):
     with pytest.raises(DataError, match=r"stage 2 'long': .* seq_len 4096 does not fit .*new dataset_random_seed"):
         DataEngine.build([short, long], state=state)
     DataEngine.build([short, replace(long, dataset_random_seed=2)], state=state)
+
+
+def test_a_source_too_short_for_one_stage_is_the_matter_of_that_stage(tmp_path):
+    write_nanoset(tmp_path / "a", "x", documents(1, 20))
+    stages = [
+        FakeStage(0, "base", 0, 5, dataset_folders=(str(tmp_path / "a"),)),
+        FakeStage(1, "long", 5, dataset_folders=(str(tmp_path / "a"),), seq_len=100_000),
+    ]
+    with pytest.raises(DataError) as error:
+        DataEngine.build(stages)
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith("stage 2 'long': ")
+    assert "too few for one row of seq_len 100000" in error.value.problems[0]
 
 
 def test_vocabulary_is_checked_at_the_start_where_it_is_recorded_and_per_batch_elsewhere(data):
