@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,18 @@ from megastage.checkpoint.agreement import Ranks
 from megastage.checkpoint.hf import export_hf
 from megastage.config.layout import pipeline_layers
 from megastage.config.schema import Config
+from megastage.data.tokenizer import Tokenizer
 from megastage.logs import log
 from megastage.model.parameters import parameter_shapes
 from megastage.parallel.data import DTYPES
 from megastage.parallel.mesh import Mesh
 from megastage.runtime import LONG_S, Runtime
 from megastage.stages import Stage
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def exists(path: str, rt: Runtime) -> bool:
@@ -50,8 +57,11 @@ def set_aside(folder: Path, rt: Runtime) -> None:
     Ranks(rt.control).agree(error)
 
 
-def write(cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, folder: Path, eos_id: int | None) -> None:
-    """Write config.json and safetensors with the RoPE and length of `stage`, in checkpoint.export_dtype. Collective.
+def write(
+    cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, folder: Path, tokenizer: Tokenizer | None
+) -> None:
+    """Write config.json and safetensors with the RoPE and length of `stage`, in checkpoint.export_dtype, and the
+    tokenizer's files. Collective.
 
     Raises ValueError or CheckpointFailed on every rank when rank 0 cannot write.
     """
@@ -73,7 +83,8 @@ def write(cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, fold
         try:
             export_hf(
                 folder, replace(model.cfg, rope=stage.rope), read, dtype=dtype, max_positions=stage.seq_len,
-                eos_id=eos_id,
+                eos_id=None if tokenizer is None else tokenizer.eos_id,
+                beside=tokenizer_files(cfg.model.hf_assets_path, tokenizer),
             )  # fmt: skip
         except Exception as caught:
             error = caught
@@ -81,6 +92,23 @@ def write(cfg: Config, rt: Runtime, mesh: Mesh, model: Model, stage: Stage, fold
         pass
     Ranks(rt.control).agree(error)
     log.info("Exported the weights to %s (%s)", folder, cfg.checkpoint.export_dtype)
+
+
+def tokenizer_files(path: str | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What `transformers.AutoTokenizer` reads, by name: the files at `path`, and made where absent a tokenizer.json and
+    a tokenizer_config.json, without which it would split text as the model's first makers did.
+    """
+    if path is None or tokenizer is None:
+        return {}
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    made = tokenizer.to_json()
+    if made is not None:
+        eos = {} if tokenizer.eos_id is None else {"eos_token": tokenizer.decode([tokenizer.eos_id])}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **eos}
+        files.setdefault("tokenizer.json", made)
+        files.setdefault("tokenizer_config.json", json.dumps(settings, indent=2).encode())
+    return files
 
 
 def _whole_parameters(

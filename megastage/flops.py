@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, and what devices can do (NumPy only).
 
 A multiply-add counts 2. Model FLOPs (for MFU) are those that the mathematics needs: forward, and twice that backward;
-attention counts the (query, key) pairs that causality and document boundaries leave. Hardware FLOPs (for HFU) add what
-is computed again: recomputed layers, and the scores that tiled attention forms anew in its backward pass
-(Chowdhery et al. 2022, appendix B; Korthikanti et al. 2022, appendix A). Norms, RoPE and activations are left out.
+attention counts the (query, key) pairs that causality and document boundaries leave, and padding counts nothing
+(Chowdhery et al. 2022, appendix B). What is computed again in backward is no part of them. Norms, RoPE and activations
+are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 
 from megastage.model.config import ModelConfig
 from megastage.model.parameters import layer_shapes
-from megastage.model.recompute_plan import recomputes
 
 
 def _ends(cu_seqlens: Any) -> np.ndarray:
@@ -65,23 +64,6 @@ def model_flops(cfg: ModelConfig, tokens: int, pairs: int) -> int:
 def train_flops(cfg: ModelConfig, cu_seqlens: Any) -> int:
     """Model FLOPs of a batch of packed rows; a padding tail beyond the last document does not count."""
     return model_flops(cfg, int(_ends(cu_seqlens)[..., -1].sum()), attended_pairs(cu_seqlens))
-
-
-def hardware_flops(
-    cfg: ModelConfig, tokens: int, pairs: int, *, recompute: tuple[str, str] = ("none", "2"), early_stop: bool = False
-) -> int:
-    """Model FLOPs plus repeated work: the numerator of HFU.
-
-    recompute: mode and option of [activation_checkpoint], layers counted over the whole model. early_stop: a recomputed
-    layer stops at the last tensor that backward needs, which spares its last product (w2).
-    """
-    matrices = _layer_matrices(cfg)
-    if recompute == ("selective", "op"):  # every second product is kept: wq, wv, w1, w2
-        again = 2 * tokens * (matrices["wk"] + matrices["wo"] + matrices["w3"])
-    else:
-        again = 2 * tokens * (sum(matrices.values()) - early_stop * matrices["w2"]) + _layer_attention(cfg, pairs)
-    layers = sum(recomputes(i, *recompute) for i in range(cfg.n_layers))
-    return model_flops(cfg, tokens, pairs) + layers * again + cfg.n_layers * _layer_attention(cfg, pairs) // 2
 
 
 # Dense (not sparse) bf16 tensor peak, FLOP/s, from the makers' data sheets; the first pattern found in the name counts.

@@ -37,11 +37,15 @@ _HOW_UPDATES_ARE_MADE: dict[str, tuple[str, ...]] = {
 
 
 class Source:
-    """Where model, optimizer and train state come from; `manager` is the run's own folder (None: checkpoints off)."""
+    """Where model, optimizer and train state come from; `manager` is the run's own folder (None: checkpoints off).
+
+    checkpoint.load_step is where the run starts; when torchrun restarts it, it goes on from its newest.
+    """
 
     def __init__(self, cfg: Config, rt: Runtime, manager: CheckpointManager | None) -> None:
         self.cfg, self.rt, self.manager = cfg, rt, manager
-        self.own_step = None if manager is None else manager.latest_good(cfg.checkpoint.load_step)
+        self.load_step = cfg.checkpoint.load_step if rt.restarts == 0 else -1
+        self.own_step = None if manager is None else manager.latest_good(self.load_step)
 
     @property
     def is_initial(self) -> bool:
@@ -88,7 +92,7 @@ class Source:
             log.info("Going on from %s: step %d (stage '%s')", path, state.step, state.stage_name)
         else:
             assert self.manager is not None
-            found = self.manager.load_newest(tensors, self.cfg.checkpoint.load_step, exclude=self.excluded)
+            found = self.manager.load_newest(tensors, self.load_step, exclude=self.excluded)
             if found is None:
                 return None
             state = TrainState.from_json(found[1])
@@ -129,7 +133,18 @@ def open_checkpoints(cfg: Config, rt: Runtime) -> CheckpointManager | None:
         group=rt.checkpoint,
         keep_latest_k=settings.keep_latest_k,
         async_mode=settings.async_mode,
+        hold=not settings.load_only,
+        load_only=settings.load_only,
     )
+
+
+def settle(cfg: Config, layout: Layout, seed: int, saved: TrainState | None) -> tuple[int, tuple[Stage, ...]]:
+    """The global batch size and the stages of a run that goes on from `saved`. Raises ValueError for an edited past."""
+    base_batch = base_global_batch_size(cfg, layout, saved)
+    stages = resolve_stages(cfg, layout, seed=seed, global_batch_size=base_batch)
+    if saved is not None:
+        compare_past(saved, stages, cfg)
+    return base_batch, stages
 
 
 def compare_past(saved: TrainState, stages: tuple[Stage, ...], cfg: Config) -> None:

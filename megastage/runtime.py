@@ -39,6 +39,7 @@ class Runtime:
     control: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
     store: dist.Store
+    restarts: int = 0  # how often torchrun has started the ranks of this run anew
     stop_signal: int = 0
     _old_handlers: dict[int, object] = field(default_factory=dict)
 
@@ -96,7 +97,13 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
     long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
-    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store)
+    return Runtime(
+        dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store, restarts=_restarts()
+    )
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
@@ -108,8 +115,7 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
         return alone
     # torchrun keeps one store across restarts; without a name per attempt, gloo meets the dead attempt's addresses.
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefixed = dist.PrefixStore(f"attempt{attempt}", store)
+    prefixed = dist.PrefixStore(f"attempt{_restarts()}", store)
     dist.init_process_group(
         backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )

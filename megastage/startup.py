@@ -29,7 +29,7 @@ from megastage.parallel.context import ContextGroup, make_groups
 from megastage.parallel.mesh import Mesh, build_mesh
 from megastage.parallel.tied import TIED
 from megastage.runtime import Runtime
-from megastage.stages import Stage, plan_text, record, resolve_stages, stage_notes
+from megastage.stages import Stage, plan_text, record, stage_notes
 from megastage.validation import Validator
 
 
@@ -71,6 +71,7 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     fresh = "train_state" in source.excluded
     seed = resume.resolve_seed(cfg, rt, None if fresh else saved)
     runtime.seed_everything(seed)
+    base_batch, stages = resume.settle(cfg, layout, seed, None if fresh else saved)
     model = build.build_model(cfg, model_cfg, mesh, rt.device)
     optimizer = make_optimizer(cfg, model, optimizer_kernel(cfg, model, mesh, seed, rt.device))
     if saved is not None:
@@ -79,14 +80,12 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
                 "checkpoint.create_seed_checkpoint = true: there is a checkpoint to go on from already; "
                 "use another checkpoint.folder, or leave it out"
             )
-        saved = source.load(model, optimizer)
+        expected, saved = saved, source.load(model, optimizer)
+        if saved is None or saved.step != expected.step:  # its bytes were damaged, an older one was loaded
+            base_batch, stages = resume.settle(cfg, layout, seed, None if fresh else saved)
     if saved is None:
         initial.fill(cfg, rt, model, seed)
     saved = None if fresh else saved
-    base_batch = resume.base_global_batch_size(cfg, layout, saved)
-    stages = resolve_stages(cfg, layout, seed=seed, global_batch_size=base_batch)
-    if saved is not None:
-        resume.compare_past(saved, stages, cfg)
     position = None if saved is None or "dataloader" in source.excluded else saved.dataloader_state
     options = source_options(cfg, tokenizer)
     data = open_data(cfg, rt, model_cfg, stages, options, position)
@@ -98,6 +97,9 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     if step < cfg.training.steps:
         export.refuse_existing(cfg, rt)
     pinned["debug.seed"] = seed
+    if source.own_step is not None and not cfg.checkpoint.load_only:
+        assert checkpoints is not None
+        checkpoints.supersede_later(step)
     return Parts(
         mesh,
         model,

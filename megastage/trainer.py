@@ -89,7 +89,7 @@ class Trainer:
         began = time.perf_counter()
         batch = self.data.next()
         data_wait_s = time.perf_counter() - began
-        pairs = flops.attended_pairs(batch.cu_seqlens_BC)
+        work = flops.train_flops(self.model.cfg, batch.cu_seqlens_BC) / self.context.degree  # a row is shared in CP
         batch = self.context.shard(batch.to(self.runtime.device))
         valid = self.count_valid(batch)
         scale = self.mesh.data.size() / max(valid, 1)  # FSDP averages gradients over the data ranks
@@ -98,7 +98,7 @@ class Trainer:
         norm = gradient_norm(
             self.model.parameters, self.mesh, self.model.tied.counted_elsewhere, self.cfg.kernels.optimizer
         )
-        loss, model_flops, stop = self.reduce(loss_sum, valid, len(batch.ids_B), pairs)
+        loss, model_flops, stop = self.reduce(loss_sum, valid, work)
         self.refuse_non_finite(loss, norm.item())
         lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
         self.optimizer.step(lr, weight_decay, clip_scale(norm, self.cfg.training.max_norm))
@@ -151,12 +151,10 @@ class Trainer:
         dist.all_reduce(valid, group=self.mesh.group("data"))
         return int(valid.item())
 
-    def reduce(self, loss_sum: torch.Tensor, valid: int, rows: int, pairs: int) -> tuple[float, float, bool]:
+    def reduce(self, loss_sum: torch.Tensor, valid: int, work: float) -> tuple[float, float, bool]:
         """Mean loss, the step's model FLOPs and whether any rank was told to stop: one small all-reduce over all."""
         counts = self.mesh.tp_rank == 0 and self.mesh.pp_rank == self.mesh.layout.pp - 1
-        rank_flops = flops.model_flops(self.model.cfg, rows * self.stage.seq_len, pairs) / self.context.degree
-        step_flops = rank_flops if counts else 0.0
-        sums = torch.tensor([0.0, step_flops, float(self.runtime.stop_signal > 0)], dtype=torch.float64)
+        sums = torch.tensor([0.0, work if counts else 0.0, float(self.runtime.stop_signal > 0)], dtype=torch.float64)
         sums = sums.to(self.runtime.device)
         if counts:
             sums[0] = loss_sum
@@ -208,9 +206,8 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder."""
-        stage, tokenizer = lookup(self.stages, self.step), self.parts.tokenizer
-        eos_id = None if tokenizer is None else tokenizer.eos_id
-        export.write(self.cfg, self.runtime, self.mesh, self.model, stage, folder, eos_id)
+        stage = lookup(self.stages, self.step)
+        export.write(self.cfg, self.runtime, self.mesh, self.model, stage, folder, self.parts.tokenizer)
 
     def close(self) -> None:
         """Finish a save under way and release files and workers."""

@@ -6,13 +6,18 @@ step-N.superseded-K   complete, but training went another way from an earlier st
 step-N.bad-K          found damaged
 step-N.deleting       on its way out: renamed first, so that a half-deleted folder never looks complete
 latest                text file with the name of the newest checkpoint, for people and scripts
+lock                  held by the run that writes here; says which
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 
 from megastage.checkpoint.errors import BadCheckpoint
@@ -26,6 +31,35 @@ ASIDE = re.compile(r"step-(\d+)\.(superseded|bad)-(\d+)")
 def step_folder(root: Path, step: int) -> Path:
     """Where the checkpoint after `step` updates lies."""
     return root / f"step-{step}"
+
+
+def hold(root: Path, patience_s: float) -> int:
+    """Lock the folder until the file descriptor returned is closed or the process ends, however it ends.
+
+    Raises ValueError where another process keeps it for `patience_s` seconds. A file system without locks is taken as
+    it is.
+    """
+    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise ValueError(
+                    f"checkpoint folder {root} is in use by another run ({holder or 'unknown'}); wait for it or end "
+                    "it, or give this run a checkpoint.folder or job.dump_folder of its own"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            return lock
+    with contextlib.suppress(OSError):  # a full disk shall not be what stops a run here
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return lock
 
 
 def complete_steps(root: Path) -> list[int]:

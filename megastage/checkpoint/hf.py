@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,13 @@ def export_hf(
     max_shard_bytes: int = 5 * 10**9,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    read(name) gives the whole parameter by our name (`state_dict.__getitem__` will do). Files are written into
-    `folder.tmp` and renamed at the end. Raises ValueError where either folder exists already, or a tensor has not the
-    shape that `cfg` says.
+    read(name) gives the whole parameter by our name (`state_dict.__getitem__` will do). beside: further files by name
+    (a tokenizer's). Files are written into `folder.tmp` and renamed at the end. Raises ValueError where either folder
+    exists already, or a tensor has not the shape that `cfg` says.
     """
     folder = Path(folder)
     work = folder.with_name(folder.name + ".tmp")
@@ -183,6 +184,8 @@ def export_hf(
         _write_weights(work, _plan_shards(parameter_shapes(cfg), dtype.itemsize, max_shard_bytes), read, dtype)
         dtype_name = str(dtype).removeprefix("torch.")
         _write_json(work / "config.json", hf_config(cfg, max_positions, dtype_name, bos_id=bos_id, eos_id=eos_id))
+        for name, content in (beside or {}).items():
+            (work / name).write_bytes(content)
     except BaseException:
         shutil.rmtree(work)
         raise

@@ -29,6 +29,7 @@ from megastage.checkpoint.staging import Stager
 logger = logging.getLogger(__name__)
 
 ASYNC_MODES = ("disabled", "async", "async_with_pinned_mem")
+HELD_FOLDER_PATIENCE_S = 5.0  # a killed run that this one replaces may take a while to be gone
 SHARED_FOLDER_PATIENCE_S = 10.0  # network file systems show a new file to other nodes after a while
 
 
@@ -39,6 +40,8 @@ class CheckpointManager:
     collectives on it), or None for a single process. keep_latest_k: 0 keeps all. async_mode: "disabled", "async"
     (copy to host memory, write in a thread) or "async_with_pinned_mem" (the same through page-locked memory).
     check_replicas: compare what several ranks hold a copy of, and fail the save where it differs.
+    hold: until `close`, refuse the folder to every other run that holds it too. load_only: rename and clear up nothing,
+    since another run may be writing there; a damaged newest checkpoint is an error then.
 
     Every method is collective: all ranks call it, in the same order, from the training thread.
     """
@@ -52,6 +55,8 @@ class CheckpointManager:
         async_mode: str = "disabled",
         check_replicas: bool = True,
         files_per_rank: int = 1,
+        hold: bool = False,
+        load_only: bool = False,
     ) -> None:
         if async_mode not in ASYNC_MODES:
             raise ValueError(f"checkpoint.async_mode = {async_mode!r}: choose one of {', '.join(ASYNC_MODES)}")
@@ -67,9 +72,13 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._outcome: BaseException | None = None
         self._resumed_from: int | None = -1  # later checkpoints are superseded at the first save; None: done
+        self._held: int | None = None
         self._main_only(lambda: self.root.mkdir(parents=True, exist_ok=True))
+        if hold:
+            self._main_only(self._hold)
         check_shared(self.root, self.ranks)
-        for note in self._main_only(lambda: folders.recover(self.root)):
+        self._load_only = load_only
+        for note in [] if load_only else self._main_only(lambda: folders.recover(self.root)):
             if self.ranks.is_main:
                 logger.warning("checkpoint folder %s: %s", self.root, note)
 
@@ -125,8 +134,13 @@ class CheckpointManager:
         self._raise_outcome()
 
     def close(self) -> None:
-        """Finish: wait for the save in flight and raise its failure."""
-        self.wait()
+        """Finish: wait for the save in flight and raise its failure; let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
 
     def latest_good(self, load_step: int = -1) -> int | None:
         """The newest step that a run can resume from, judged by manifest, train state and file sizes; None if none.
@@ -188,7 +202,7 @@ class CheckpointManager:
             try:
                 return step, self.load(step, wanted, exclude=exclude)
             except BadCheckpoint as error:
-                if load_step >= 0:
+                if load_step >= 0 or self._load_only:
                     raise
                 self.mark_bad(step, error)
 
@@ -230,6 +244,9 @@ class CheckpointManager:
             self._outcome = CheckpointFailed(text)
             self._outcome.__cause__ = error
 
+    def _hold(self) -> None:
+        self._held = folders.hold(self.root, HELD_FOLDER_PATIENCE_S)
+
     def _raise_outcome(self) -> None:
         outcome, self._outcome = self._outcome, None
         if outcome is not None:
@@ -263,6 +280,8 @@ class CheckpointManager:
                     return step
                 logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
             except BadCheckpoint as error:
+                if self._load_only:
+                    raise
                 self._set_bad(step, error)
         self._refuse_if_all_bad()
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ class TrainState:
     dataloader_state: position in the data, opaque here; it comes from the data engine.
     consumed_samples, consumed_tokens: {stage name: {source name: count}}; rows, and input tokens in them.
     seed: the run's resolved seed. global_batch_size: what training.global_batch_size = -1 was resolved to.
-    optimizer: {"step": updates done}, for bias correction. rng: extra generator state, if the run needs any.
+    optimizer: {"step": updates done}, for bias correction.
     config: the configuration. stages: a `megastage.stages.record` each, to prove on resume that the past is the same.
     pinned: from `megastage.config.frozen`: what a run that goes on from here must not change.
     layout: world size and parallel degrees at the save; for information, another layout may resume.
@@ -38,12 +37,10 @@ class TrainState:
     consumed_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     global_batch_size: int = 0
     optimizer: dict[str, Any] = field(default_factory=dict)
-    rng: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     pinned: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
-    wall_time_s: float = 0.0
     torch_version: str = str(torch.__version__)
     megastage_version: str = megastage.__version__
     version: int = VERSION
@@ -77,8 +74,6 @@ def _misfit(value: Any, expected: Any) -> str:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any:
         return ""
-    if origin in (types.UnionType, typing.Union):
-        return "" if any(not _misfit(value, a) for a in arguments) else f"{value!r} is not {expected}"
     if origin is dict:
         if not isinstance(value, dict):
             return f"an object was expected, not {value!r}"

@@ -403,3 +403,24 @@ def test_pruning_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     assert loaded(CheckpointManager(tmp_path)) == 2
     assert names(tmp_path) == ["latest", "step-2"]
+
+
+def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megastage.checkpoint.manager.HELD_FOLDER_PATIENCE_S", 0.2)
+    first = CheckpointManager(tmp_path, hold=True)
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on "):
+        CheckpointManager(tmp_path, hold=True)
+    (tmp_path / "step-3.tmp").mkdir()
+    CheckpointManager(tmp_path, load_only=True)  # who only reads may, and leaves what is being written
+    assert (tmp_path / "step-3.tmp").is_dir()
+    first.close()
+    CheckpointManager(tmp_path, hold=True).close()
+
+
+def test_load_only_stops_at_damage_and_renames_nothing(tmp_path: Path) -> None:
+    fill(CheckpointManager(tmp_path), 1, 2)
+    (tmp_path / "step-2" / "train_state.json").write_text("{}")
+    before = names(tmp_path)
+    with pytest.raises(BadCheckpoint, match="train_state"):
+        CheckpointManager(tmp_path, load_only=True).latest_good()
+    assert names(tmp_path) == before

@@ -13,7 +13,6 @@ from megastage.flops import (
     attended_pairs,
     causal_pairs,
     forward_flops,
-    hardware_flops,
     model_flops,
     peak_flops,
     train_flops,
@@ -59,19 +58,15 @@ def test_equal_to_the_counter(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
-@pytest.mark.parametrize(("mode", "option"), [("full", "2"), ("selective", "2"), ("selective", "3")])
-def test_recomputation_equal_to_the_counter(mode: str, option: str, early_stop: bool) -> None:
+@pytest.mark.parametrize(("mode", "option", "layers"), [("full", "2", 5), ("selective", "2", 2), ("selective", "3", 1)])
+def test_recomputation_repeats_whole_layers(mode: str, option: str, layers: int, early_stop: bool) -> None:
     cfg = ModelConfig("t", 32, 5, 4, 2, 16, 56, 77)
     pairs = B * T * T
-    tiled_scores = forward_flops(cfg, 0, pairs) // 2  # the attention here keeps its scores
-    expected = hardware_flops(cfg, B * T, pairs, recompute=(mode, option), early_stop=early_stop)
-    assert counted(cfg, mode, option, early_stop)[1] == expected - tiled_scores
-
-
-def test_every_second_product_is_repeated() -> None:
-    cfg = ModelConfig("t", 32, 5, 4, 2, 16, 56, 77)
-    again = hardware_flops(cfg, 10, 0, recompute=("selective", "op")) - model_flops(cfg, 10, 0)
-    assert again == 5 * 2 * 10 * (32 * 32 + 64 * 32 + 56 * 32)  # wk, wo, w3
+    head = 2 * B * T * 77 * 32
+    a_layer = (forward_flops(cfg, B * T, pairs) - head) // 5
+    spared = 2 * B * T * 56 * 32 if early_stop else 0  # backward needs no output of w2
+    expected = model_flops(cfg, B * T, pairs) + layers * (a_layer - spared)
+    assert counted(cfg, mode, option, early_stop)[1] == expected
 
 
 def test_packed_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -118,10 +119,13 @@ def test_the_train_state_names_stage_and_position(uncut):
 
 
 def test_a_killed_torchrun_comes_back_by_itself(config, uncut, tmp_path):
+    """Also when it began with a rewind: what it goes on from then is its own newest checkpoint."""
     out = tmp_path / "out"
+    _cut_after(uncut["one"], out, 1)
+    shutil.copytree(uncut["one"] / "checkpoint" / "step-6", out / "checkpoint" / "step-6")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-        "pretrain.py", *_argv(config, out, {"dp": 2}),
+        "pretrain.py", *_argv(config, out, {"dp": 2}, "--checkpoint.load_step", "1"),
     ]  # fmt: skip
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -133,11 +137,37 @@ def test_a_killed_torchrun_comes_back_by_itself(config, uncut, tmp_path):
     os.kill(_worker(process.pid), signal.SIGKILL)
     printed, _ = process.communicate(timeout=180)
     assert process.returncode == 0, printed
-    assert "Resuming from checkpoint step-" in printed
+    assert [int(line.split("step-")[1].split()[0]) >= 3 for line in printed.splitlines() if "Resuming" in line] == [
+        False,
+        True,
+    ]
+    assert (out / "checkpoint" / "step-6.superseded-1").is_dir()
     run, full = records(["--job.dump_folder", str(out)]), records(["--job.dump_folder", str(uncut["one"])])
     assert [r["step"] for r in run] == list(range(1, 9))
     assert [r["sample_digest"] for r in run] == [r["sample_digest"] for r in full]
     assert [r["loss"] for r in run] == pytest.approx([r["loss"] for r in full], rel=1e-5)
+
+
+def test_an_edited_past_is_refused_before_any_tensor_is_read(uncut, config, tmp_path, capfd):
+    out = tmp_path / "out"
+    _cut_after(uncut["one"], out, 5)
+    for shard in (out / "checkpoint" / "step-5").glob("*.safetensors"):
+        shard.write_bytes(bytes(shard.stat().st_size))  # who reads it falls back, and finds nothing
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        train(1, _argv(config, out, {}, "--training.data_stages.0.dataset_weights", "[0.5, 0.5]"))
+    assert "stage 'first': dataset_weights was [0.7" in capfd.readouterr().err
+    assert (out / "checkpoint" / "step-5").is_dir()
+
+
+def test_two_runs_do_not_share_a_checkpoint_folder(uncut, config, tmp_path, capfd):
+    out = tmp_path / "out"
+    _cut_after(uncut["one"], out, 7)
+    with open(out / "checkpoint" / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="exit code 2"):
+            train(1, _argv(config, out))
+    assert "in use by another run" in capfd.readouterr().err
+    assert train(1, _argv(config, out))[-1]["step"] == 8
 
 
 def _worker(launcher: int) -> int:
