@@ -200,7 +200,7 @@ def _parquet(part: Part, text_field: str, progress: Progress) -> Iterator[str | 
                 done += batch.num_rows
                 progress(part.cost_bytes * done // rows - reported)
                 reported = part.cost_bytes * done // rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged parquet data ({error}); replace or remove it") from None
 
 

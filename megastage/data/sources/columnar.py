@@ -84,21 +84,18 @@ def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Record
         pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
     ):
         names = [name for name in table.schema_arrow.names if name in columns]
-        row_bytes = decoded_bytes(table.metadata, columns) // max(1, table.metadata.num_rows)
+        row_bytes = encoded_bytes(table.metadata) // max(1, table.metadata.num_rows)
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
         # no threads: after an error in one column they would go on reading another from a file that is closed
         yield from table.iter_batches(batch_size=rows, columns=names, use_threads=False)
 
 
-def decoded_bytes(metadata: Any, columns: tuple[str, ...]) -> int:
-    """What these columns take in memory by a Parquet file's own account, texts at their encoded size."""
-    total = 0
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        for chunk in (group.column(i) for i in range(group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] in columns:
-                width = 8 if chunk.physical_type in ("INT32", "INT64") else 0
-                total += max(chunk.total_uncompressed_size, chunk.num_values * width)
-    return total
+def encoded_bytes(metadata: Any) -> int:
+    """The size of a Parquet file's rows before compression, by its own account.
+
+    Summed over row groups: in damaged files pyarrow ends the process when asked for the metadata of a column's chunk.
+    """
+    return sum(max(0, metadata.row_group(i).total_byte_size) for i in range(metadata.num_row_groups))
 
 
 @contextmanager

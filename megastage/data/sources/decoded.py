@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from megastage.data.durable import fsync_path
 from megastage.data.sources.base import SourceError, SourceOptions
 from megastage.data.sources.cache import entry
-from megastage.data.sources.columnar import decoded_bytes, record_batches
+from megastage.data.sources.columnar import encoded_bytes, record_batches
 from megastage.data.sources.text import content_key
 
-IN_MEMORY_BYTES = 64 << 20  # decoded, by the file's own account
+IN_MEMORY_BYTES = 64 << 20  # decoded
 _ROWS = "rows.arrow"
 
 
@@ -43,9 +43,16 @@ def is_large(file: Path, columns: tuple[str, ...]) -> bool:
     if file.suffix != ".parquet":
         return False
     try:
-        return decoded_bytes(pq.read_metadata(file), columns) > IN_MEMORY_BYTES
+        if encoded_bytes(pq.read_metadata(file)) > IN_MEMORY_BYTES:
+            return True
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SourceError(f"{file}: not readable as .parquet ({error}); write it again") from error
+    decoded = 0  # repeated values can take any amount more
+    for batch in record_batches(file, columns):
+        decoded += batch.nbytes
+        if decoded > IN_MEMORY_BYTES:
+            return True
+    return False
 
 
 def _decode(file: Path, columns: tuple[str, ...], target: Path) -> None:
