@@ -48,19 +48,41 @@ def linear_cross_entropy(
     reduction: "sum", or "mean" over the valid labels given here (0 if there are none).
     fp64 inputs are computed in fp64 by the reference.
     """
-    _check(hidden_ND, weight_VD, labels_N, chunk_tokens, chunk_vocab, reduction)
-    triton = use_triton(backend, hidden_ND.device, "linear_cross_entropy", hidden_ND.dtype)
-    with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    group_name = "" if group is None or group.size() == 1 else group.group_name
-    loss = linear_cross_entropy_op(
-        hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, with_grad, triton
-    )[0]
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction = {reduction!r}: choose "sum" or "mean"')
+    loss = linear_cross_entropy_by_token(
+        hidden_ND, weight_VD, labels_N, vocab_start=vocab_start, z_loss=z_loss, chunk_tokens=chunk_tokens,
+        chunk_vocab=chunk_vocab, group=group, backend=backend,
+    )[0]  # fmt: skip
     if reduction == "mean":
         loss = loss / (labels_N != IGNORE).sum().clamp(min=1)
     return loss
 
 
-def _check(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk_tokens: int, chunk_vocab: int, reduction: str) -> None:
+def linear_cross_entropy_by_token(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_start: int = 0,
+    z_loss: float = 0.0,
+    chunk_tokens: int = 1024,
+    chunk_vocab: int = 0,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropy`, and each token's part of the sum: fp32 [N], 0 where ignored, without a gradient."""
+    _check(hidden_ND, weight_VD, labels_N, chunk_tokens, chunk_vocab)
+    triton = use_triton(backend, hidden_ND.device, "linear_cross_entropy", hidden_ND.dtype)
+    with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    group_name = "" if group is None or group.size() == 1 else group.group_name
+    loss, _, _, losses_N = linear_cross_entropy_op(
+        hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, with_grad, triton
+    )
+    return loss, losses_N.detach()
+
+
+def _check(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk_tokens: int, chunk_vocab: int) -> None:
     if h_ND.ndim != 2 or w_VD.ndim != 2 or h_ND.shape[1] != w_VD.shape[1] or labels_N.shape != h_ND.shape[:1]:
         raise ValueError(
             f"linear_cross_entropy takes hidden [N, D], weight [V, D] and labels [N], not {tuple(h_ND.shape)}, "
@@ -70,8 +92,6 @@ def _check(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk_tokens: int, chun
         raise ValueError(f"hidden is {h_ND.dtype} but weight is {w_VD.dtype}: cast one of them")
     if chunk_tokens < 1 or chunk_vocab < 0:
         raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1 and chunk_vocab = {chunk_vocab} at least 0")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f'reduction = {reduction!r}: choose "sum" or "mean"')
 
 
 @torch.library.custom_op("megastage::linear_cross_entropy", mutates_args=())
@@ -86,8 +106,11 @@ def linear_cross_entropy_op(
     group_name: str,
     with_grad: bool,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed loss, its gradient by hidden, its gradient by weight); gradients are empty without `with_grad`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(summed loss, its gradient by hidden, its gradient by weight, its part of each token [N]).
+
+    Gradients are empty without `with_grad`.
+    """
     N, V = hidden_ND.shape[0], weight_VD.shape[0]
     wide = _wide(hidden_ND.dtype)
     chunk_vocab = chunk_vocab or max(V, 1)
@@ -95,6 +118,7 @@ def linear_cross_entropy_op(
     # with whole rows a token chunk is finished before the next one; with tiles all tokens are finished together
     together = chunk_tokens if chunk_vocab >= V else max(N, 1)
     loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
+    losses_N = torch.empty(N, dtype=wide, device=hidden_ND.device)
     if with_grad:
         grad_hidden = torch.zeros_like(hidden_ND, dtype=None if chunk_vocab >= V else wide)
         grad_weight = torch.zeros_like(weight_VD, dtype=None if together >= N else wide)
@@ -102,19 +126,20 @@ def linear_cross_entropy_op(
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
     for tokens in _slices(N, together):
         h_ND, labels = hidden_ND[tokens], labels_N[tokens]
-        part, peak_N, factor_N, logits_CW = tiles.statistics(h_ND, labels)
-        loss += part
+        losses_N[tokens], peak_N, factor_N, logits_CW = tiles.statistics(h_ND, labels)
+        loss += losses_N[tokens].sum()
         if with_grad:
             tiles.gradients(h_ND, labels, peak_N, factor_N, logits_CW, grad_hidden[tokens], grad_weight)
-    return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype)
+    return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype), losses_N
 
 
 @linear_cross_entropy_op.register_fake
 def _(hidden_ND, weight_VD, labels_N, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, with_grad, triton):
     loss = hidden_ND.new_empty((), dtype=_wide(hidden_ND.dtype))
+    losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=loss.dtype)
     if not with_grad:
-        return loss, hidden_ND.new_empty(0), weight_VD.new_empty(0)
-    return loss, torch.empty_like(hidden_ND), torch.empty_like(weight_VD)
+        return loss, hidden_ND.new_empty(0), weight_VD.new_empty(0), losses_N
+    return loss, torch.empty_like(hidden_ND), torch.empty_like(weight_VD), losses_N
 
 
 @torch.library.custom_op("megastage::linear_cross_entropy_backward", mutates_args=())
@@ -180,7 +205,7 @@ class _Tiles:
             self.tile_statistics, self.tile_gradient = tile_statistics, tile_gradient
 
     def statistics(self, h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(summed loss, row maxima [N], d loss / d lse over the sum of exponentials [N], the logits if one tile)."""
+        """(losses [N], row maxima [N], d loss / d lse over the sum of exponentials [N], the logits if one tile)."""
         N, wide = h_ND.shape[0], _wide(h_ND.dtype)
         peak_N = h_ND.new_full((N,), float("-inf"), dtype=wide)
         sums_N3 = h_ND.new_zeros((N, 3), dtype=wide)
@@ -204,7 +229,7 @@ class _Tiles:
         loss_N = torch.where(found_N > 0, loss_N, float("nan"))
         factor_N = valid_N * (1 + 2 * self.z_loss * lse_N) / sum_N
         one_tile = self.chunk_tokens >= N and self.chunk_vocab >= self.weight_VD.shape[0]
-        return torch.where(valid_N, loss_N, 0).sum(), peak_N, factor_N, logits_CW if one_tile else None
+        return torch.where(valid_N, loss_N, 0), peak_N, factor_N, logits_CW if one_tile else None
 
     def gradients(
         self, h_ND: Tensor, labels_N: Tensor, peak_N: Tensor, factor_N: Tensor, logits_CW: Tensor | None,

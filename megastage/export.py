@@ -22,6 +22,7 @@ from megastage.logs import log
 from megastage.model.parameters import parameter_shapes
 from megastage.parallel.data import DTYPES
 from megastage.parallel.mesh import Mesh
+from megastage.parallel.placement import whole_tensor
 from megastage.runtime import LONG_S, Runtime
 from megastage.stages import Stage
 
@@ -122,7 +123,7 @@ def _whole_parameters(
         whole = None
         if mesh.pp_rank == part:
             parameter = model.parameters[name].detach()
-            whole = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to(dtype).cpu()
+            whole = (whole_tensor(parameter) if isinstance(parameter, DTensor) else parameter).to(dtype).cpu()
         if leader != 0 and rt.rank == leader:
             assert whole is not None
             dist.send(whole.contiguous(), 0, group=rt.control)

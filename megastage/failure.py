@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 BAD_INPUT, BROKEN, INTERRUPTED = 2, 1, 130
 _PRECEDENCE_S = 0.3
+_LEADER_PATIENCE_S = 5.0
 _PATIENCE = timedelta(seconds=10)
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -35,6 +36,8 @@ def report(error: BaseException, *, rank: int, leads_node: bool, store: dist.Sto
     code, text = _explain(error)
     if store is None:
         first = leads_node
+        if not first:  # whose end would make torchrun stop the one that speaks, perhaps in front of its first word
+            time.sleep(_LEADER_PATIENCE_S)
     elif is_lost_peer(error):
         # without a store to ask, its host is what was lost, and has most likely said why
         first = not _noted(store, otherwise=not leads_node) and _first(store, "lost a peer", otherwise=leads_node)
@@ -47,9 +50,20 @@ def report(error: BaseException, *, rank: int, leads_node: bool, store: dist.Sto
         several = store is not None and rank != 0
         sys.stderr.write(f"[rank {rank}] {text}\n" if several else f"{text}\n")
         sys.stderr.flush()
-        with suppress(Exception):  # for torchrun's own summary
-            get_error_handler().record_exception(error)
+        with suppress(Exception):
+            _tell_torchrun(error, bare=not text.startswith("Traceback"))
     return code
+
+
+def _tell_torchrun(error: BaseException, *, bare: bool) -> None:
+    """Leave the error for torchrun's own summary; `bare`: as the program says it, without where it was raised."""
+    origin = error.__traceback__, error.__cause__, error.__suppress_context__
+    if bare:
+        error.__traceback__, error.__cause__, error.__suppress_context__ = None, None, True
+    try:
+        get_error_handler().record_exception(error)
+    finally:
+        error.__traceback__, error.__cause__, error.__suppress_context__ = origin
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -53,6 +53,8 @@ _FIELDS: tuple[tuple[str, Callable[[Stage], Any]], ...] = (
 # What a silent stage leaves as it was: a change only where the new stage sets it.
 _EVENTS = ("lr", "lr_end", "lr_decay_type", "lr_warmup_steps", "weight_decay", "reset_optimizer")
 
+_DOCUMENT_FIELDS = ("min_doc_len", "long_doc_len", "long_doc_share")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -67,7 +69,9 @@ def changes(old: Stage, new: Stage) -> list[Change]:
     """What a run notices when it goes from `old` to `new`, in the order of the field table."""
     found = [Change(name, get(old), get(new)) for name, get in _FIELDS if get(old) != get(new)]
     events = [Change(name, getattr(old, name), getattr(new, name)) for name in _EVENTS]
-    return found + [event for event in events if event.new is not None and event.new is not False]
+    found += [event for event in events if event.new is not None and event.new is not False]
+    documents = [Change(name, getattr(old, name), getattr(new, name)) for name in _DOCUMENT_FIELDS]
+    return found + [change for change in documents if change.old != change.new]
 
 
 def plan_text(stages: Sequence[Stage], extra_lines: Callable[[Stage], list[str]] | None = None) -> str:
@@ -110,7 +114,15 @@ def stage_notes(stage: Stage) -> list[str]:
     ranks = f"{stage.data_ranks} data rank{'' if stage.data_ranks == 1 else 's'}"
     batch = f"{stage.global_batch_size:,} rows = {ranks} x {stage.micro_batches} micro-batches of"
     tokens = f"Tokens per step: {stage.tokens_per_step:,} ({batch} {stage.micro_batch_size})"
-    return [tokens, *(f"Note: {note}" for note in stage.notes)]
+    return [tokens, *_documents(stage), *(f"Note: {note}" for note in stage.notes)]
+
+
+def _documents(stage: Stage) -> list[str]:
+    """A line on which documents are read, where not all are read alike."""
+    parts = [f"at least {stage.min_doc_len:,} tokens"] if stage.min_doc_len else []
+    if stage.long_doc_share is not None:
+        parts.append(f"{stage.long_doc_share:.4g} of the rows of those of at least {stage.long_doc_len:,}")
+    return [f"Documents: {', '.join(parts)}"] if parts else []
 
 
 def transition_text(step: int, old: Stage, new: Stage) -> str:

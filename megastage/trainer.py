@@ -22,6 +22,7 @@ from megastage.parallel.pipeline import Runner
 from megastage.profiling import Profiling
 from megastage.runtime import Runtime, collect_young
 from megastage.schedule import Schedule
+from megastage.source_loss import by_source, source_sums
 from megastage.stages import Stage, lookup
 
 
@@ -93,12 +94,13 @@ class Trainer:
         batch = self.context.shard(batch.to(self.runtime.device))
         valid = self.count_valid(batch)
         scale = self.mesh.data.size() / max(valid, 1)  # FSDP averages gradients over the data ranks
+        self.model.part.row_losses = [] if self.cfg.metrics.per_source_loss else None
         loss_sum = self.runner.step(batch, scale)
         self.model.tied.sum_gradients(self.model.parameters)
         norm = gradient_norm(
             self.model.parameters, self.mesh, self.model.tied.counted_elsewhere, self.cfg.kernels.optimizer
         )
-        loss, model_flops, stop = self.reduce(loss_sum, valid, work)
+        loss, model_flops, stop, each = self.reduce(loss_sum, valid, work, batch)
         self.refuse_non_finite(loss, norm.item())
         lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
         self.optimizer.step(lr, weight_decay, clip_scale(norm, self.cfg.training.max_norm))
@@ -121,6 +123,7 @@ class Trainer:
             "seq_len": self.stage.seq_len,
             "valid_labels": valid,
             "weight_decay": weight_decay,
+            **({"loss_by_source": each} if self.cfg.metrics.per_source_loss else {}),
         }
         return record, stop
 
@@ -151,16 +154,25 @@ class Trainer:
         dist.all_reduce(valid, group=self.mesh.group("data"))
         return int(valid.item())
 
-    def reduce(self, loss_sum: torch.Tensor, valid: int, work: float) -> tuple[float, float, bool]:
-        """Mean loss, the step's model FLOPs and whether any rank was told to stop: one small all-reduce over all."""
+    def reduce(
+        self, loss_sum: torch.Tensor, valid: int, work: float, batch: Batch
+    ) -> tuple[float, float, bool, dict[str, float]]:
+        """Mean loss, the step's model FLOPs, whether any rank was told to stop, and the mean loss of each source (where
+        it is asked for): one small all-reduce over all, whose sums in float64 of losses in float32 are exact."""
         counts = self.mesh.tp_rank == 0 and self.mesh.pp_rank == self.mesh.layout.pp - 1
+        names = self.stage.sources if self.cfg.metrics.per_source_loss else ()
         sums = torch.tensor([0.0, work if counts else 0.0, float(self.runtime.stop_signal > 0)], dtype=torch.float64)
         sums = sums.to(self.runtime.device)
         if counts:
             sums[0] = loss_sum
+        part = self.model.part
+        rows, part.row_losses = part.row_losses or (), None  # validation's rows are of other sources
+        if names:
+            rows = rows if counts or part.split_positions else ()
+            sums = torch.cat((sums, source_sums(batch, rows, len(names), count_labels=counts).flatten()))
         dist.all_reduce(sums)
-        loss_total, flops_total, signals = sums.tolist()
-        return loss_total / max(valid, 1), flops_total, signals > 0
+        loss_total, flops_total, signals, *each = sums.tolist()
+        return loss_total / max(valid, 1), flops_total, signals > 0, by_source(names, each)
 
     def refuse_non_finite(self, loss: float, norm: float) -> None:
         """Stop before a broken update reaches the weights; the newest checkpoint stays good."""

@@ -171,6 +171,9 @@ def _open(
         dataset_weights=(1.0,) * max(1, len(table.dataset_folders)),
         seq_len=1,  # rows are read in sequence, no sample order has to fit
         inherited=frozenset(),
+        min_doc_len=0,
+        long_doc_len=0,
+        long_doc_share=None,
     )
     index = build_index(
         [asked], group=rt.control, options=options, vocab_size=vocab_size, node_leader=rt.local_rank == 0

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -29,11 +31,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
 from megastage.checkpoint.errors import CheckpointMismatch
 from megastage.checkpoint.manifest import DTYPE_NAMES, DTYPES, Manifest
 from megastage.checkpoint.storage import tensor_data
+from megastage.parallel.placement import local_window
 
 
 class LocalSavePlanner(DefaultSavePlanner):
@@ -58,12 +62,25 @@ def plan_shards(tensors: Mapping[str, Tensor]) -> tuple[list[WriteItem], dict[st
             raise ValueError(f"{key} is a {type(value).__name__}: only tensors are saved, other state goes to JSON")
         if value.dtype not in DTYPE_NAMES or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{key}: a {value.layout} tensor of {value.dtype} on {value.device} cannot be saved")
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), is_coordinator=False)
-    items = [item for item in planner.create_local_plan().items if not _is_empty_shard(item)]
+    items = [item for key, value in tensors.items() if not _is_empty_shard(item := _write_item(key, value))]
     keys = {item.index.fqn for item in items}
     shards = {key: local_shard(value) for key, value in tensors.items() if key in keys}
     return items, shards
+
+
+def _write_item(key: str, value: Tensor) -> WriteItem:
+    chunk = _chunk(value)
+    kind = WriteItemType.SHARD if isinstance(value, DTensor) else WriteItemType.TENSOR
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(local_shard(value)), value.size())
+    return WriteItem(MetadataIndex(key, chunk.offsets), kind, tensor_data=data)
+
+
+def _chunk(value: Tensor) -> ChunkStorageMetadata:
+    """The box of the global tensor that this rank holds."""
+    window = local_window(value) if isinstance(value, DTensor) else tuple(slice(0, length) for length in value.shape)
+    return ChunkStorageMetadata(
+        torch.Size([cut.start for cut in window]), torch.Size([cut.stop - cut.start for cut in window])
+    )
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -149,7 +166,13 @@ class StrictLoadPlanner(DefaultLoadPlanner):
             raise CheckpointMismatch("\n".join(problems), problems)
         metadata = manifest.metadata(tensors)
         self.set_up_planner(dict(tensors), metadata, is_coordinator=False)
-        plan = self.create_local_plan()
+        plan = LoadPlan(
+            [
+                item
+                for key, value in tensors.items()
+                for item in create_read_items_for_chunk_list(key, _stored(metadata, key), [_chunk(value)])
+            ]
+        )
         self.shards = {key: local_shard(value) for key, value in tensors.items()}
         _check_filled(self.shards, plan.items)
         return plan
@@ -157,6 +180,12 @@ class StrictLoadPlanner(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The local shard to read into; a key has at most one on a rank."""
         return self.shards[index.fqn]
+
+
+def _stored(metadata: Metadata, key: str) -> TensorStorageMetadata:
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata), key
+    return stored
 
 
 def mismatches(tensors: Mapping[str, Tensor], manifest: Manifest) -> list[str]:

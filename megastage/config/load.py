@@ -66,7 +66,7 @@ def read_toml(file: str) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError naming the file, and the line where its syntax is wrong."""
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except FileNotFoundError:
         raise ConfigError([f"{file}: there is no such file; check --config"]) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -55,6 +55,10 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
                 continue
         try:
             value = parse_text(info.annotation, text)
+            if path == "job.config_file" and values.get(path, value) != value:
+                problems.append(
+                    f"command line: --config is given twice, {show(values[path])} and {show(value)}; keep one"
+                )
             values[path] = (not value) if negated else value
         except ValueError as error:
             hint = "; leave the key out for its default" if text in ("None", "null") else ""

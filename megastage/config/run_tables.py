@@ -39,6 +39,7 @@ class Metrics(Section):
     disable_color_printing: bool = key(False, "Plain text, no colours")
     save_tb_folder: str = key("tb", "Folder of the events under dump_folder")
     save_for_all_ranks: bool = key(False, "Every rank writes its figures, not rank 0 alone")
+    per_source_loss: bool = key(True, "Also the training loss of each source, in every record")
     enable_wandb: bool = key(False, "Send figures to Weights & Biases (extra: wandb)")
 
 

@@ -17,6 +17,7 @@ class Stage:
     global_batch_size: rows per optimizer step. data_ranks x micro_batches x micro_batch_size = global_batch_size:
     without a pipeline micro_batch_size is local_batch_size and micro_batches the accumulation steps.
     rope: of this stage, the model's own where nothing else is set. recompute: (mode, option).
+    min_doc_len, long_doc_len, long_doc_share: as `megastage.data.doc_rule.DocRule`; 0, 0, None: all documents alike.
     lr ... reset_optimizer: as written in the stage, None where it is silent; `schedule.Schedule` reads them.
     declared_end_step: end_step as written or implied by the next stage, before it was cut to training.steps; None for
     a last stage without one.
@@ -47,6 +48,9 @@ class Stage:
     lr_warmup_steps: int | None = None
     weight_decay: float | None = None
     reset_optimizer: bool = False
+    min_doc_len: int = 0
+    long_doc_len: int = 0
+    long_doc_share: float | None = None
     declared_end_step: int | None = None
     data_ranks: int = 1
     micro_batch_size: int = 1

@@ -18,7 +18,8 @@ _SAMPLE_KEYS = (
     "seq_len", "global_batch_size", "document_mask",
 )  # fmt: skip
 # Frozen with the past too: the model was trained under it.
-_PAST_KEYS = (*_SAMPLE_KEYS, "rope")
+_DOCUMENT_KEYS = {"min_doc_len": 0, "long_doc_len": 0, "long_doc_share": None}  # with what it means not to be saved
+_PAST_KEYS = (*_SAMPLE_KEYS, *_DOCUMENT_KEYS, "rope")
 _FREE_KEYS = (
     "name", "dataset_path", "dataset_folders", "local_batch_size", "context_parallel_degree", "recompute",
     "lr", "lr_end", "lr_decay_type", "lr_warmup_steps", "weight_decay", "reset_optimizer",
@@ -38,6 +39,7 @@ def record(stage: Stage) -> dict[str, Any]:
 def fingerprint(stage: Stage) -> str:
     """Hex digest of everything in the configuration that determines which samples are read, in which order, how."""
     facts = {name: getattr(stage, name) for name in _SAMPLE_KEYS} | {"dataset_weights": stage.shares}
+    facts |= {name: getattr(stage, name) for name, off in _DOCUMENT_KEYS.items() if getattr(stage, name) != off}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -51,6 +53,7 @@ def compare(saved: Sequence[Mapping[str, Any]], stages: Sequence[Stage], step: i
     problems: list[str] = []
     diffs: list[str] = []
     now = [record(stage) for stage in stages]
+    saved = [{**_DOCUMENT_KEYS, **entry} for entry in saved]
     begun = [entry for entry in saved if entry["start_step"] < step and not entry["never_runs"]]
     for index, old in enumerate(begun):
         new = now[index] if index < len(now) else None

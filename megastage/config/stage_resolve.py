@@ -12,6 +12,8 @@ from megastage.config.model_choice import model_problems, rope_scaling_problems,
 from megastage.config.schema import Config, DataStage
 from megastage.config.stage import Stage
 from megastage.config.stage_data import choose_data, folder_problems
+from megastage.config.stage_documents import KEYS as DOCUMENT_KEYS
+from megastage.config.stage_documents import choose_documents
 from megastage.config.stage_spans import Span, resolve_spans
 from megastage.model.config import RopeSpec
 
@@ -19,7 +21,7 @@ from megastage.model.config import RopeSpec
 DATA_KEYS = (
     "dataset", "dataset_path", "dataset_type", "dataset_folders", "dataset_weights", "dataset_random_seed",
     "seq_len", "local_batch_size", "global_batch_size", "rope_theta", "rope_scaling", "context_parallel_degree",
-    "document_mask", "recompute_mode", "recompute_option",
+    "document_mask", "recompute_mode", "recompute_option", *DOCUMENT_KEYS,
 )  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def _stage(cfg: Config, span: Span, index: int, rope: RopeSpec, seed: int, probl
     """One stage with everything but its batch."""
     base, own = cfg.training, span.table if span.table is not None else DataStage(name="default", start_step=0)
     data = choose_data(cfg, span.table, span.path, problems)
+    documents = choose_documents(cfg, own, data.dataset_type, span.path, problems)
     recompute = _recompute(cfg, own, span.path, problems)
 
     def inherit(name: str, fallback: Any) -> Any:
@@ -109,8 +112,11 @@ def _stage(cfg: Config, span: Span, index: int, rope: RopeSpec, seed: int, probl
         lr_warmup_steps=own.lr_warmup_steps,
         weight_decay=own.weight_decay,
         reset_optimizer=own.reset_optimizer,
+        min_doc_len=documents.min_doc_len,
+        long_doc_len=documents.long_doc_len,
+        long_doc_share=documents.long_doc_share,
         inherited=frozenset(name for name in DATA_KEYS if getattr(own, name) in (None, ())),
-        notes=span.notes + data.notes,
+        notes=span.notes + data.notes + documents.notes,
     )
 
 

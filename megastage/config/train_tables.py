@@ -118,6 +118,9 @@ class DataStage(Section):
     lr_warmup_steps: int | None = key(None, "Steps of linear warm-up to lr at the stage's start", ge=0)
     weight_decay: FiniteFloat | None = key(None, "Weight decay from here on, until a later stage sets it", ge=0)
     reset_optimizer: bool = key(False, "Drop the optimizer's moments at the stage's start")
+    min_doc_len: int | None = key(None, "Tokens below which a document is not read; 0: all are", ge=0)
+    long_doc_len: int | None = key(None, "Tokens from which on a document is long; 0: no two kinds", ge=0)
+    long_doc_share: FiniteFloat | None = key(None, "Share of rows made of long documents", ge=0, le=1)
 
 
 class Training(Section):
@@ -131,6 +134,9 @@ class Training(Section):
     dataset_random_seed: int | None = key(None, "Random seed of the data order; unset: the run's", ge=0, le=MAX_SEED)
     data_stages: Annotated[tuple[DataStage, ...], Field(strict=False)] = key((), "The stages of the run")
     document_mask: bool = key(True, "Attention isolated per document, positions restart there")
+    min_doc_len: int = key(0, "Tokens below which a document is not read; 0: all are", ge=0)
+    long_doc_len: int = key(0, "Tokens from which on a document is long; 0: no two kinds", ge=0)
+    long_doc_share: FiniteFloat | None = key(None, "Share of rows made of long documents", ge=0, le=1)
     superblock_tokens: int | None = key(None, "Tokens of a shuffled block of a token stream; unset: chosen", ge=1)
     local_batch_size: int = key(8, "Rows per data rank and accumulation step", ge=1)
     global_batch_size: int = key(-1, "Rows per optimizer step over the whole job; -1: local_batch_size x data ranks")

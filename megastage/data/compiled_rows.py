@@ -18,22 +18,21 @@ NO_ENDS, PIECE_ENDS, ALL_ENDS = 0, 1, 2  # look for no document ends, for those 
 
 
 class RowKernels(NamedTuple):
-    """See `_fill`, `_finish`, `_bounds` and `_positions`."""
+    """See `_fill`, `_finish` and `_positions`."""
 
     fill: Callable[..., int]
-    finish: Callable[..., int]
-    bounds: Callable[..., None]
+    finish: Callable[..., np.ndarray]
     positions: Callable[..., None]
 
 
 @lru_cache(maxsize=1)
 def row_kernels() -> RowKernels | None:
     """The compiled loops, or None where numba is missing or switched off. Not yet compiled for any type: see `warm`."""
-    loops = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _bounds, _positions)]
-    fill, finish, bounds, positions = loops
-    if fill is None or finish is None or bounds is None or positions is None:
+    loops = [compiled.compile_loop(function, nogil=True) for function in (_fill, _finish, _positions)]
+    fill, finish, positions = loops
+    if fill is None or finish is None or positions is None:
         return None
-    return RowKernels(fill, finish, bounds, positions)
+    return RowKernels(fill, finish, positions)
 
 
 def row_kernels_in_use() -> RowKernels | None:
@@ -52,8 +51,7 @@ def warm(kernels: RowKernels, dtypes: set[np.dtype[Any]]) -> None:
         kernels.fill(
             tokens, ends, 0, -1, 0, none, mark, none, none, 1, ALL_ENDS, np.uint64(1), out, out, found, mark, none, none
         )
-    kernels.finish(mark, none, none, none, 1, ALL_ENDS, out, out)
-    kernels.bounds(mark, found, none, none, none, np.empty((0, 1), np.int32))
+    kernels.finish(mark, none, found, none, none, 1, ALL_ENDS, out, out)
     kernels.positions(np.empty((0, 1), np.int32), 1, out)
 
 
@@ -148,19 +146,23 @@ def _fill(
 def _finish(
     offsets: np.ndarray,
     lengths: np.ndarray,
+    found: np.ndarray,
+    first_P: np.ndarray,
     count_P: np.ndarray,
-    valid_B: np.ndarray,
     T: int,
     mode: int,
     tokens_out: np.ndarray,
     labels_out: np.ndarray,
-) -> int:
-    """Fill the padding and valid_B; returns the largest number of document ends of a row.
+) -> np.ndarray:
+    """Fill the padding; returns cu_seqlens, int32[B, C]: 0, the row's document ends, then its valid length.
 
-    In mode PIECE_ENDS the label of a document's last token is the first token of the row's next piece.
+    In mode PIECE_ENDS, whose rows are one document each, the label of a document's last token is the first token of the
+    row's next piece.
     """
+    B = offsets.size - 1
+    valid_B = np.empty(B, np.int64)
     most = 1
-    for r in range(valid_B.size):
+    for r in range(B):
         at = r * T
         count = 0
         for p in range(offsets[r], offsets[r + 1]):
@@ -174,26 +176,21 @@ def _finish(
         for i in range(at, (r + 1) * T):
             tokens_out[i] = 0
             labels_out[i] = -100
-    return most
-
-
-def _bounds(
-    offsets: np.ndarray,
-    found: np.ndarray,
-    first_P: np.ndarray,
-    count_P: np.ndarray,
-    valid_B: np.ndarray,
-    cu_BC: np.ndarray,
-) -> None:
-    """Fill cu_BC int32[B, C]: 0, the row's document ends, then its valid length."""
-    for r in range(valid_B.size):
+    C = 2
+    while most >= C:  # most + 1 bounds, rounded up to a power of two
+        C *= 2
+    cu_BC = np.empty((B, C), np.int32)
+    for r in range(B):
         cu_BC[r, 0] = 0
         column = 1
-        for p in range(offsets[r], offsets[r + 1]):
-            for i in range(first_P[p], first_P[p] + count_P[p]):
-                cu_BC[r, column] = found[i]
-                column += 1
-        cu_BC[r, column:] = valid_B[r]
+        if mode == 2:
+            for p in range(offsets[r], offsets[r + 1]):
+                for i in range(first_P[p], first_P[p] + count_P[p]):
+                    cu_BC[r, column] = found[i]
+                    column += 1
+        for i in range(column, C):
+            cu_BC[r, i] = valid_B[r]
+    return cu_BC
 
 
 def _positions(cu_BC: np.ndarray, T: int, out: np.ndarray) -> None:

@@ -84,14 +84,8 @@ def fill_compiled(
             )  # fmt: skip
             if bad >= 0:
                 return None
-    valid_B = np.empty(B, np.int64)
     mode = ALL_ENDS if document_mask else PIECE_ENDS
-    most = kernels.finish(offsets, lengths, count_P, valid_B, T, mode, tokens, labels)
-    cu_BC = np.empty((B, 1 << int(most).bit_length()), np.int32)
-    if not document_mask:
-        count_P[:P] = 0
-    kernels.bounds(offsets, found, first_P, count_P, valid_B, cu_BC)
-    return cu_BC
+    return kernels.finish(offsets, lengths, found, first_P, count_P, T, mode, tokens, labels)
 
 
 def _touched(

@@ -18,8 +18,10 @@ from megastage.data.blend import BlendTable, integer_weights
 from megastage.data.blend_tables import broadcast_tables, long_tables
 from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank_of
 from megastage.data.data_stage import DataStage
+from megastage.data.doc_rule import DocRule, rule_of
 from megastage.data.lanes import LaneOrder
 from megastage.data.order import Order, make_order
+from megastage.data.packing import check_rule
 from megastage.data.sources.base import (
     SourceError,
     SourceOptions,
@@ -261,18 +263,23 @@ def _make_orders(
 ) -> dict[str, Order]:
     """One order per (content, seed), sized for all lengths at which the plan reads it."""
     lengths: dict[str, list[int]] = {}
+    rules: dict[str, list[DocRule]] = {}
     for stage in stages:
+        rule = rule_of(stage)
         for key, _, length in _uses(stage, indexes):
             lengths.setdefault(key, []).append(length)
+            rules.setdefault(key, []).extend([] if rule is None else [rule])
     orders: dict[str, Order] = {}
     for stage in _running(stages):
+        rule = rule_of(stage)
         for key, source, length in _uses(stage, indexes):
             try:
                 if key not in orders:
-                    orders[key] = order_of(
-                        source, int(key.partition(":")[2]), lengths[key], settings.get(key), superblock
-                    )
+                    seed = int(key.partition(":")[2])
+                    orders[key] = order_of(source, seed, lengths[key], settings.get(key), superblock, rules[key])
                 orders[key].enter([], length)  # a length that cannot be read is found now, not at the boundary
+                if rule is not None:
+                    check_rule(rule, orders[key], length, source.n_documents)
             except ValueError as error:
                 problems.append(f"{_title(stage)}: {error}")
     if superblock is not None and orders and not any(isinstance(order, LaneOrder) for order in orders.values()):
@@ -308,6 +315,7 @@ def order_of(
     lengths: Sequence[int],
     settings: Mapping[str, Any] | None,
     superblock: int | None = None,
+    rules: Sequence[DocRule] = (),
 ) -> Order:
     """The sample order that fits a source: text by virtual streams, documents packed, token streams in lanes."""
     kind = "streams" if source.dataset_type == "huggingface" else "packed" if source.kind == "documents" else "lanes"
@@ -320,6 +328,7 @@ def order_of(
         doc_ends=None if kind == "lanes" else source.doc_ends,
         settings=settings,
         superblock=superblock,
+        rules=rules,
         name=source.path,
     )
 

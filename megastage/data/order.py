@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from megastage.data.doc_rule import DocRule
+
 T = TypeVar("T")
 Mark = tuple[int, int]  # (block, rows of the stage before it)
 
@@ -34,11 +36,17 @@ class Visit(NamedTuple):
     """One stage's use of a source: `rows` rows of `seq_len` tokens were consumed.
 
     mark: `Cursor.mark(rows)` of that stage, if it was kept; its place is then found without packing what lies before.
+    rule: which documents it read, and in what shares; None: all alike.
     """
 
     seq_len: int
     rows: int
     mark: Sequence[int] | None = None
+    rule: DocRule | None = None
+
+    def same_rows(self, other: Visit) -> bool:
+        """Whether the rows of both are cut and chosen alike, so that one goes on where the other stopped."""
+        return (self.seq_len, self.rule) == (other.seq_len, other.rule)
 
 
 class Cursor(Protocol):
@@ -57,7 +65,9 @@ class Cursor(Protocol):
 
 
 class Order(Protocol):
-    """The sample order of one source under one seed."""
+    """The sample order of one source under one seed. name: for messages."""
+
+    name: str
 
     def enter(self, history: Sequence[Visit], seq_len: int, mark: Sequence[int] | None = None) -> Cursor:
         """The rows of a stage of length `seq_len` that follow `history`, what earlier stages consumed, in order.
@@ -90,23 +100,25 @@ def saved(name: str, settings: Mapping[str, Any], kind: str, **facts: int) -> Ma
     return settings
 
 
-def runs(history: Sequence[Visit], seq_len: int) -> tuple[list[Visit], Visit]:
-    """`history` with adjacent visits of one length joined: (those before, the one that the new stage goes on with).
+def runs(history: Sequence[Visit], seq_len: int, rule: DocRule | None = None) -> tuple[list[Visit], Visit]:
+    """`history` with adjacent visits of one length and rule joined: (those before, the one that the new stage goes on
+    with).
 
-    A stage of the same length as the last one goes on with its rows as if nothing had changed; for any other the
-    second result is a visit of no rows.
+    A stage of the same length and rule as the last one goes on with its rows as if nothing had changed; for any other
+    the second result is a visit of no rows.
     """
+    new = Visit(seq_len, 0, None, rule)
     joined: list[Visit] = []
     for visit in history:
         if not visit.rows:
             continue
-        if joined and joined[-1].seq_len == visit.seq_len:
+        if joined and joined[-1].same_rows(visit):
             last = joined.pop()
-            visit = Visit(visit.seq_len, last.rows + visit.rows, visit.mark or last.mark)
+            visit = visit._replace(rows=last.rows + visit.rows, mark=visit.mark or last.mark)
         joined.append(visit)
-    if joined and joined[-1].seq_len == seq_len:
+    if joined and joined[-1].same_rows(new):
         return joined[:-1], joined[-1]
-    return joined, Visit(seq_len, 0)
+    return joined, new
 
 
 class Recent:
@@ -145,13 +157,14 @@ def make_order(
     settings: Mapping[str, Any] | None = None,
     name: str = "source",
     superblock: int | None = None,
+    rules: Sequence[DocRule] = (),
 ) -> Order:
     """An order for a source that will be read in rows of the given lengths.
 
     kind: "lanes" (a token stream; needs n_tokens), "packed" (documents packed into rows) or "streams" (documents in
     the given order, as for text read on the fly); the last two need doc_ends, the cumulative ends of the documents.
     settings: from a checkpoint; they decide the sizes, and `lengths` is then not used. name: for messages.
-    superblock: tokens of a shuffled block of lanes; None: chosen.
+    superblock: tokens of a shuffled block of lanes; None: chosen. rules: under which packed documents will be read.
     """
     from megastage.data.lanes import LaneOrder
     from megastage.data.packing import PackedOrder
@@ -162,7 +175,7 @@ def make_order(
         return LaneOrder.make(n_tokens, lengths, seed, fingerprint, settings, name, superblock)
     assert doc_ends is not None
     if kind == "packed":
-        return PackedOrder.make(doc_ends, lengths, seed, fingerprint, settings, name)
+        return PackedOrder.make(doc_ends, lengths, seed, fingerprint, settings, name, rules)
     if kind == "streams":
         return StreamOrder.make(doc_ends, settings, name)
     raise ValueError(f"sample order {kind!r}: known are lanes, packed, streams")

@@ -3,45 +3,35 @@
 Each epoch permutes the documents and packs them block by block for the stage's length (best-fit decreasing; documents
 longer than a row are cut), and shuffles the rows of a block. A stage change takes the unread rows of the open block
 apart, joins the pieces of a document that touch, and packs them for the new length first: no token is lost.
+
+A stage may have a rule on the length of documents. It is applied within each block, so that a position stays one
+number: too short documents are left out, long and short ones are packed apart, and of the kind that there is too much
+of rows are left out. What was left out of the open block is given back at a stage change too; that of the blocks before
+is not read again in this epoch.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from megastage.data import compiled
-from megastage.data.order import Mark, Recent, Rows, Visit, check_seq_len, ragged_index, runs, saved
+from megastage.data.block_rows import Packed, Pieces, pack, pack_by, take_apart
+from megastage.data.doc_rule import DocRule, Survey
+from megastage.data.order import Mark, Order, Recent, Rows, Visit, check_seq_len, ragged_index, runs, saved
 from megastage.data.permutation import Permutation, derive_key
 
 BLOCK_DOCUMENTS = 4096
 LONG_BLOCK_DOCUMENTS = 16_384  # for rows of LONG tokens and more, which need more documents to fill well
 LONG = 32_768
 MAX_BLOCK_TOKENS = 1 << 27  # on average; keeps the pieces of a block of very long documents in memory
-
-
-class Pieces(NamedTuple):
-    """Pieces of documents: int64[p] each; `docs` numbers the documents within their block."""
-
-    docs: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """The rows of one block, in the order in which they are read: row r is pieces offsets[r]..offsets[r+1]-1."""
-
-    offsets: np.ndarray
-    pieces: Pieces
-
-    @property
-    def n_rows(self) -> int:
-        return self.offsets.size - 1
+MAX_GROWTH = 16  # by this a block grows where a rule passes few documents, so that those fill rows well too
+_SAMPLED_BLOCKS = 4  # that a forecast of a rule packs
+_EMPTY_EPOCHS = 16  # without a row: there will be none
+_TURN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: multiples of it spread evenly
 
 
 @dataclass(frozen=True)
@@ -52,76 +42,26 @@ class _Frontier:
     left: Pieces
 
 
-def best_fit_plain(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Bins of items given in falling order of length: int64[n]. Each goes to the fullest bin that still holds it.
+def choose_block(lengths: Sequence[int], n_documents: int, n_tokens: int, passing: int | None = None) -> int:
+    """Documents per block for rows of these lengths: more for long rows, fewer when the documents are huge.
 
-    Among equally full bins the one filled last is taken. The twin of `compiled.best_fit()`.
+    passing: documents of the scarcest kind that some rule needs; a block grows where they are few.
     """
-    bins = []
-    rooms: list[int] = []  # the free rooms that some bin has, rising
-    by_room: dict[int, list[int]] = {}
-    opened = 0
-    for length in lengths.tolist():
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, target = capacity, opened
-            opened += 1
-        else:
-            room = rooms[at]
-            target = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at], by_room[room]
-        bins.append(target)
-        room -= length
-        if room in by_room:
-            by_room[room].append(target)
-        else:
-            by_room[room] = [target]
-            insort(rooms, room)
-    return np.array(bins, np.int64)
-
-
-def pack(pieces: Pieces, seq_len: int, key: int) -> _Packed:
-    """Rows of at most `seq_len` tokens that hold every token of `pieces` once, shuffled by `key`."""
-    count = -(-pieces.lengths // seq_len)
-    part, owner = ragged_index(np.zeros(count.size, np.int64), count)
-    starts = pieces.starts[owner] + part * seq_len
-    lengths = np.minimum(seq_len, pieces.lengths[owner] - part * seq_len)
-    row = np.empty(lengths.size, np.int64)
-    whole = lengths == seq_len
-    n_whole = int(whole.sum())
-    row[whole] = np.arange(n_whole)
-    rest = np.flatnonzero(~whole)
-    falling = rest[np.argsort(seq_len - lengths[rest], kind="stable")]
-    best_fit = compiled.best_fit() or best_fit_plain
-    bins = best_fit(lengths[falling], seq_len)
-    row[falling] = n_whole + bins
-    n_rows = n_whole + (int(bins.max()) + 1 if bins.size else 0)
-    if n_rows:
-        row = Permutation(n_rows, key)(row)
-    order = np.argsort(row, kind="stable")  # within a row the pieces keep the block's random order of documents
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=n_rows))))
-    return _Packed(offsets, Pieces(pieces.docs[owner][order], starts[order], lengths[order]))
-
-
-def take_apart(packed: _Packed, read: int) -> Pieces:
-    """The pieces of all rows but the first `read`, in the order of documents; those that touch are joined."""
-    first = int(packed.offsets[read])
-    docs, starts, lengths = (array[first:] for array in packed.pieces)
-    order = np.lexsort((starts, docs))
-    docs, starts, lengths = docs[order], starts[order], lengths[order]
-    if not docs.size:
-        return Pieces(docs, starts, lengths)
-    touches = (docs[1:] == docs[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1])
-    heads = np.flatnonzero(np.concatenate(([True], ~touches)))
-    return Pieces(docs[heads], starts[heads], np.add.reduceat(lengths, heads))
-
-
-def choose_block(lengths: Sequence[int], n_documents: int, n_tokens: int) -> int:
-    """Documents per block for rows of these lengths: more for long rows, fewer when the documents are huge."""
     documents = LONG_BLOCK_DOCUMENTS if max(lengths) >= LONG else BLOCK_DOCUMENTS
+    if passing is not None:
+        documents = min(MAX_GROWTH * documents, documents * n_documents // max(1, passing))
     mean = max(1, n_tokens // max(1, n_documents))
     return max(1, min(documents, MAX_BLOCK_TOKENS // mean))
+
+
+def _rows_a_token(blocks: Sequence[tuple[np.ndarray, np.ndarray]], low: int, high: int, seq_len: int) -> float:
+    """Rows that the documents of low <= length < high of each block (starts, lengths) make, by their tokens."""
+    rows = tokens = 0
+    for starts, lengths in blocks:
+        pieces = Pieces(np.arange(starts.size), starts, lengths).at((lengths >= low) & (lengths < high))
+        rows += pack(pieces, seq_len, 0).n_rows
+        tokens += int(pieces.lengths.sum())
+    return rows / tokens if tokens else 1 / seq_len
 
 
 class PackedOrder:
@@ -142,6 +82,8 @@ class PackedOrder:
             raise ValueError(f"{name}: {self.n_documents} documents with {self.n_tokens} tokens: nothing to read")
         self.n_blocks = -(-self.n_documents // block_documents)
         self._epochs, self._blocks = Recent(2), Recent(4)
+        self._surveys: dict[DocRule, Survey] = {}
+        self._forecasts: dict[tuple[int, DocRule], tuple[float, float]] = {}
 
     @classmethod
     def make(
@@ -152,12 +94,14 @@ class PackedOrder:
         fingerprint: bytes,
         settings: Mapping[str, Any] | None = None,
         name: str = "source",
+        rules: Sequence[DocRule] = (),
     ) -> PackedOrder:
-        """With a block size for these lengths, or that of saved `settings`."""
+        """With a block size for these lengths and rules, or that of saved `settings`."""
         n_documents = int(doc_ends.size)
         n_tokens = int(doc_ends[-1]) if n_documents else 0
         if settings is None:
-            block = choose_block(lengths, n_documents, n_tokens)
+            passing = min((Survey.make(doc_ends, rule).fewest(rule) for rule in set(rules)), default=None)
+            block = choose_block(lengths, n_documents, n_tokens, passing)
         else:
             saved(name, settings, "packed", n_documents=n_documents, n_tokens=n_tokens, seed=seed)
             block = settings["block_documents"]
@@ -172,38 +116,94 @@ class PackedOrder:
             "block_documents": self.block_documents,
         }
 
-    def enter(self, history: Sequence[Visit], seq_len: int, mark: Sequence[int] | None = None) -> PackedCursor:
-        """See `Order.enter`. Visits without a mark are found by packing all blocks before them."""
+    def enter(
+        self, history: Sequence[Visit], seq_len: int, mark: Sequence[int] | None = None, rule: DocRule | None = None
+    ) -> PackedCursor:
+        """See `Order.enter`; rule: of the stage. Visits without a mark are found by packing all blocks before them."""
         front: _Frontier | None = None
-        before, current = runs(history, seq_len)
+        before, current = runs(history, seq_len, rule)
         # what lies before a mark has no part in what follows it
         first = max((i for i, visit in enumerate(before) if visit.mark is not None), default=0)
         for visit in before[first:]:
-            front = PackedCursor(self, front, visit.seq_len, visit.mark).frontier(visit.rows)
-        return PackedCursor(self, front, seq_len, mark or current.mark, current.rows)
+            front = PackedCursor(self, front, visit).frontier(visit.rows)
+        return PackedCursor(self, front, current._replace(mark=mark or current.mark), current.rows)
 
     def planned_epochs(self, history: Sequence[Visit]) -> float:
-        return sum(v.rows * v.seq_len for v in history) / self.n_tokens
+        """See `Order.planned_epochs`. Under a rule by a forecast of the rows of an epoch."""
+        return sum(
+            v.rows * v.seq_len / self.n_tokens if v.rule is None else v.rows / self._forecast(v.seq_len, v.rule)[0]
+            for v in history
+        )
 
-    def block(self, number: int, seq_len: int) -> _Packed:
+    def skipped_tokens(self, seq_len: int, rule: DocRule) -> int:
+        """Tokens that an epoch leaves out under the rule: a forecast where rows follow a share, else exact."""
+        if rule.long_doc_share is None:
+            return self.n_tokens - self.survey(rule).short_tokens
+        return round(self.n_tokens - self._forecast(seq_len, rule)[1])
+
+    def survey(self, rule: DocRule) -> Survey:
+        if rule not in self._surveys:
+            self._surveys[rule] = Survey.make(self.doc_ends, rule)
+        return self._surveys[rule]
+
+    def _forecast(self, seq_len: int, rule: DocRule) -> tuple[float, float]:
+        """(rows, tokens) of an epoch under the rule, from all documents' lengths and how well the first blocks pack.
+
+        The long tokens fill long_tokens * (rows / tokens of the long documents of these blocks) rows, R_long, the short
+        ones R_short; of the share s an epoch then has min(R_long / s, R_short / (1 - s)) rows.
+        """
+        if (seq_len, rule) not in self._forecasts:
+            blocks = [self._documents(number) for number in range(min(_SAMPLED_BLOCKS, self.n_blocks))]
+            split = rule.long_doc_len if rule.long_doc_share is not None else self.n_tokens + 1
+            bounds = ((split, self.n_tokens + 1), (max(1, rule.min_doc_len), split))
+            rates = [_rows_a_token(blocks, low, high, seq_len) for low, high in bounds]
+            found, share = self.survey(rule), rule.long_doc_share or 0.0
+            parts = [
+                (tokens, rate, part)
+                for tokens, rate, part in zip((found.long_tokens, found.short_tokens), rates, (share, 1 - share))
+                if part
+            ]
+            rows = min(tokens * rate / part for tokens, rate, part in parts)
+            self._forecasts[seq_len, rule] = rows, sum(rows * part / rate for _, rate, part in parts)
+        return self._forecasts[seq_len, rule]
+
+    def block(self, number: int, seq_len: int, rule: DocRule | None = None) -> Packed:
         """The rows of a whole block, counted over all epochs."""
-        return self._blocks.get((number, seq_len), lambda: self._make_block(number, seq_len))
+        return self._blocks.get((number, seq_len, rule), lambda: self._make_block(number, seq_len, rule))
 
-    def _make_block(self, number: int, seq_len: int) -> _Packed:
+    def _make_block(self, number: int, seq_len: int, rule: DocRule | None = None) -> Packed:
+        starts, lengths = self._documents(number)
+        pieces = Pieces(np.arange(starts.size), starts, lengths)
+        return self._pack(number, f"rows of block {number % self.n_blocks}", pieces, seq_len, rule, lengths)
+
+    def pack_left(self, front: _Frontier, seq_len: int, rule: DocRule | None = None) -> Packed:
+        """What a stage change left of a block, as rows of the new length. The rule is on whole documents."""
+        lengths = None if rule is None else self._documents(front.block)[1]
+        what = f"rest of block {front.block % self.n_blocks}"
+        return self._pack(front.block, what, front.left, seq_len, rule, lengths)
+
+    def _documents(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """First tokens and lengths of a block's documents in their permuted order: int64[n] each."""
         epoch, block = divmod(number, self.n_blocks)
         order_key = derive_key(self.seed, self.fingerprint, epoch, "documents")
         permutation = self._epochs.get(epoch, lambda: Permutation(self.n_documents, order_key))
         first, stop = (b * self.n_documents // self.n_blocks for b in (block, block + 1))
         documents = permutation(np.arange(first, stop))
-        ends = self.doc_ends[documents].astype(np.int64)
         starts = np.where(documents > 0, self.doc_ends[documents - 1].astype(np.int64), 0)
-        pieces = Pieces(np.arange(stop - first), starts, ends - starts)
-        return pack(pieces, seq_len, derive_key(self.seed, self.fingerprint, epoch, f"rows of block {block}"))
+        return starts, self.doc_ends[documents].astype(np.int64) - starts
 
-    def pack_left(self, front: _Frontier, seq_len: int) -> _Packed:
-        """What a stage change left of a block, as rows of the new length."""
-        epoch, block = divmod(front.block, self.n_blocks)
-        return pack(front.left, seq_len, derive_key(self.seed, self.fingerprint, epoch, f"rest of block {block}"))
+    def _pack(
+        self, number: int, what: str, pieces: Pieces, seq_len: int, rule: DocRule | None, lengths: np.ndarray | None
+    ) -> Packed:
+        def key(purpose: str) -> int:
+            return derive_key(self.seed, self.fingerprint, number // self.n_blocks, purpose)
+
+        if rule is None:
+            return pack(pieces, seq_len, key(what))
+        assert lengths is not None
+        # by the block's number alone: what was read before has no part in it
+        turn = (derive_key(self.seed, self.fingerprint, 0, what.split()[0] + " turn") + number * _TURN) % (1 << 64)
+        return pack_by(rule, pieces, lengths, seq_len, [key(f"long {what}"), key(f"short {what}"), key(what), turn])
 
 
 class PackedCursor:
@@ -216,17 +216,11 @@ class PackedCursor:
 
     skipped_tokens = 0
 
-    def __init__(
-        self,
-        order: PackedOrder,
-        front: _Frontier | None,
-        seq_len: int,
-        mark: Sequence[int] | None = None,
-        consumed: int = 0,
-    ) -> None:
-        self._order, self._front, self._consumed = order, front, consumed
-        self._length = check_seq_len(order.name, seq_len)
-        self._rest = None if front is None else order.pack_left(front, seq_len)
+    def __init__(self, order: PackedOrder, front: _Frontier | None, visit: Visit, consumed: int = 0) -> None:
+        """visit: how the stage cuts and chooses its rows, and its mark; how many it consumed does not count here."""
+        self._order, self._front, self._consumed, self._rule = order, front, consumed, visit.rule
+        self._length, mark = check_seq_len(order.name, visit.seq_len), visit.mark
+        self._rest = None if front is None else order.pack_left(front, visit.seq_len, visit.rule)
         self._start = (0 if front is None else front.block + 1, 0 if self._rest is None else self._rest.n_rows)
         block, row = self._start if mark is None else mark
         if block < self._start[0] or row < self._start[1]:
@@ -234,7 +228,7 @@ class PackedCursor:
         self._block = block  # the first block of the table
         self._ends = [row]  # by block from there: the stage's rows before it, and after the last one known
 
-    def _find(self, counter: int) -> tuple[_Packed, int, int]:
+    def _find(self, counter: int) -> tuple[Packed, int, int]:
         """The packed block that holds a row, its first row's counter, and its number (-1: the rest of the open one)."""
         if self._rest is not None and counter < self._rest.n_rows:
             return self._rest, 0, -1
@@ -242,9 +236,22 @@ class PackedCursor:
             self._block, self._ends = self._start[0], [self._start[1]]
         while counter >= self._ends[-1]:
             number = self._block + len(self._ends) - 1
-            self._ends.append(self._ends[-1] + self._order.block(number, self._length).n_rows)
+            self._ends.append(self._ends[-1] + self._block_rows(number).n_rows)
+            self._refuse_empty()
         at = bisect_right(self._ends, counter) - 1
-        return self._order.block(self._block + at, self._length), self._ends[at], self._block + at
+        return self._block_rows(self._block + at), self._ends[at], self._block + at
+
+    def _block_rows(self, number: int) -> Packed:
+        return self._order.block(number, self._length, self._rule)
+
+    def _refuse_empty(self) -> None:
+        """Raise ValueError rather than look for a row for ever."""
+        order, searched = self._order, _EMPTY_EPOCHS * self._order.n_blocks
+        if len(self._ends) > searched and self._ends[-1] == self._ends[-1 - searched]:
+            raise ValueError(
+                f"{order.name}: {self._rule}: no row in {_EMPTY_EPOCHS} epochs, as no block of {order.block_documents} "
+                "documents holds long and short ones; choose long_doc_len so that there are more of both"
+            )
 
     def rows(self, counters: np.ndarray) -> Rows:
         """See `Cursor.rows`."""
@@ -275,7 +282,7 @@ class PackedCursor:
             return (self._front.block + 1) / order.n_blocks - unread / order.n_tokens
         at = max(0, bisect_right(self._ends, counter) - 1)
         blocks, row = (self._block + at, self._ends[at]) if counter >= self._ends[0] else self._start
-        return blocks / order.n_blocks + (counter - row) * self._length / order.n_tokens
+        return blocks / order.n_blocks + order.planned_epochs([Visit(self._length, counter - row, None, self._rule)])
 
     def mark(self, consumed: int) -> Mark | None:
         """See `Cursor.mark`: the block of the last consumed row, which must have been read."""
@@ -294,3 +301,21 @@ class PackedCursor:
             assert self._front is not None
             number = self._front.block
         return _Frontier(number, take_apart(packed, rows - first))
+
+
+def check_rule(rule: DocRule, order: Order, seq_len: int, n_documents: int | None) -> None:
+    """Raises ValueError, naming source and key, when no row of this length can be made of the source under the rule.
+
+    n_documents: of the source, None if unknown; what packing keeps together must be one document each.
+    """
+    if not isinstance(order, PackedOrder):
+        raise ValueError(f"{order.name}: {rule}: the source is not read document by document; take these keys out")
+    if n_documents not in (None, order.n_documents):
+        raise ValueError(
+            f"{order.name}: {rule}: its rows hold several documents and are kept whole; take these keys out, or use "
+            "data of one document a row"
+        )
+    problem = order.survey(rule).problem(rule)
+    if problem is not None:
+        raise ValueError(f"{order.name}: {problem}")
+    order.enter([], seq_len, None, rule).rows(np.zeros(1, np.int64))

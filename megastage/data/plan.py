@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex
-from megastage.data.order import Cursor, Rows, ragged_index
+from megastage.data.order import Cursor, Rows, Visit, ragged_index
+from megastage.data.packing import PackedOrder
 from megastage.data.state import StageRecord, histories
 
 
@@ -45,7 +47,8 @@ class Planner:
     ) -> None:
         """records: of the stages before; record: of this stage (its samples and marks say where it goes on)."""
         self._index = mine = index.stages[record.index]
-        past = histories(records, index)
+        past, rule = histories(records, index), rule_of(record)
+        new = Visit(record.seq_len, 0, None, rule)
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
         self._hashes = np.frombuffer(b"".join(source.fingerprint for source in mine.sources), "V32")
@@ -53,13 +56,18 @@ class Planner:
             key = mine.order_key(number)
             before = past.get(key, [])
             offset = 0
-            if before and before[-1].seq_len == record.seq_len:
+            if before and before[-1].same_rows(new):
                 # the same length goes on in the same rows: a boundary that changes only the mixture costs nothing
                 last = before.pop()
                 offset, mark = last.rows, record.marks.get(key, last.mark)
             else:
                 mark = record.marks.get(key)
-            self._cursors[number] = index.orders[key].enter(before, record.seq_len, mark)
+            order = index.orders[key]
+            if rule is None:
+                self._cursors[number] = order.enter(before, record.seq_len, mark)
+            else:
+                assert isinstance(order, PackedOrder), "checked when the index was built"
+                self._cursors[number] = order.enter(before, record.seq_len, mark, rule)
             self._offsets[number] = offset
 
     def plan(self, start: int, stop: int) -> Plan:

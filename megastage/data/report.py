@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from megastage.data.blend import is_exact
+from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.lanes import LaneOrder
 from megastage.data.order import Visit
+from megastage.data.packing import PackedOrder
 from megastage.data.state import StageRecord, histories, record_of
 
 
@@ -33,12 +35,13 @@ def plan_lines(
             continue
         order, before = index.orders[key], visits.get(key, [])
         start = order.planned_epochs(before)
-        stop = order.planned_epochs([*before, Visit(stage.seq_len, rows[number])])
+        visit = Visit(stage.seq_len, rows[number], None, rule_of(stage))
+        stop = order.planned_epochs([*before, visit])
         line = (
             f"Source {source.path}: {rows[number] * stage.seq_len / 1e9:.2f}B of {source.n_tokens / 1e9:.2f}B tokens, "
             f"{stop - start:.2f} epochs ({start:.2f} -> {stop:.2f})"
         )
-        lines.append(line + _skipped(order, before, stage.seq_len))
+        lines.append(line + _skipped(order, before, visit))
     return lines + _notes(stage, mine.weights)
 
 
@@ -52,10 +55,13 @@ def _planned(stage: DataStage, index: DataIndex, records: Sequence[StageRecord])
     return record
 
 
-def _skipped(order: Any, before: Sequence[Visit], seq_len: int) -> str:
+def _skipped(order: Any, before: Sequence[Visit], visit: Visit) -> str:
+    seq_len, visits = visit.seq_len, list(before)
+    if isinstance(order, PackedOrder) and visit.rule is not None:
+        about = "" if visit.rule.long_doc_share is None else "about "
+        return f", skipped: {about}{order.skipped_tokens(seq_len, visit.rule):,} tokens an epoch ({visit.rule})"
     if not isinstance(order, LaneOrder):
         return ""
-    visits = list(before)
     if visits and visits[-1].seq_len == seq_len:
         visits = []
     entry, epoch = order.enter(visits, seq_len).skipped_tokens, order.unread_tokens(seq_len)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.order import Visit
 
 VERSION = 1
+_RULE = ("min_doc_len", "long_doc_len", "long_doc_share")
 
 
 @dataclass
@@ -17,7 +19,8 @@ class StageRecord:
     """What one stage consumed, and all that decided which samples these were.
 
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
-    order key, a hint to where the stage's rows of that source ended (see `Visit.mark`).
+    order key, a hint to where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
+    long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike.
     """
 
     index: int
@@ -29,6 +32,9 @@ class StageRecord:
     weights: list[int]
     samples: int = 0
     marks: dict[str, list[int]] = field(default_factory=dict)
+    min_doc_len: int = 0
+    long_doc_len: int = 0
+    long_doc_share: float | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -38,7 +44,7 @@ class StageRecord:
 
 def record_of(stage: DataStage, index: DataIndex) -> StageRecord:
     """A fresh record of a stage that begins."""
-    mine = index.stages[stage.index]
+    mine, rule = index.stages[stage.index], rule_of(stage)
     return StageRecord(
         index=stage.index,
         name=stage.name,
@@ -47,21 +53,22 @@ def record_of(stage: DataStage, index: DataIndex) -> StageRecord:
         document_mask=stage.document_mask,
         sources=[source.fingerprint.hex() for source in mine.sources],
         weights=mine.weights.tolist(),
+        **({} if rule is None else rule._asdict()),
     )
 
 
 def histories(records: Sequence[StageRecord], index: DataIndex) -> dict[str, list[Visit]]:
-    """By order key, its visits in these records; neighbours of one length are one, as if no boundary lay there."""
+    """By order key, its visits in these records; neighbours of one length and rule count as one."""
     found: dict[str, list[Visit]] = {}
     for record in records:
-        counts = index.stages[record.index].table.counts_at(record.samples).tolist()
+        counts, rule = index.stages[record.index].table.counts_at(record.samples).tolist(), rule_of(record)
         for key, rows in zip(record.keys, counts):
-            visits, mark = found.setdefault(key, []), record.marks.get(key)
-            if rows and visits and visits[-1].seq_len == record.seq_len:
+            visits, visit = found.setdefault(key, []), Visit(record.seq_len, rows, record.marks.get(key), rule)
+            if rows and visits and visits[-1].same_rows(visit):
                 # the later mark counts from the beginning of the joined visit
-                visits[-1] = Visit(record.seq_len, visits[-1].rows + rows, mark)
+                visits[-1] = visit._replace(rows=visits[-1].rows + rows)
             elif rows:
-                visits.append(Visit(record.seq_len, rows, mark))
+                visits.append(visit)
     return found
 
 
@@ -70,9 +77,17 @@ def to_json(records: Sequence[StageRecord], index: DataIndex) -> dict[str, Any]:
     used = {key for record in records for key in record.keys}
     return {
         "version": VERSION,
-        "stages": [asdict(record) for record in records],
+        "stages": [_saved_form(record) for record in records],
         "orders": {key: order.settings() for key, order in sorted(index.orders.items()) if key in used},
     }
+
+
+def _saved_form(record: StageRecord) -> dict[str, Any]:
+    saved = asdict(record)
+    if rule_of(record) is None:
+        for name in _RULE:
+            del saved[name]
+    return saved
 
 
 def from_json(state: Mapping[str, Any]) -> tuple[list[StageRecord], dict[str, Any]]:
@@ -96,7 +111,7 @@ def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], in
             problems.append(f"{title}: has been read from, but is no longer among the stages that run")
             continue
         now = record_of(stage, index)
-        for name in ("name", "seq_len", "seed", "document_mask", "weights"):
+        for name in ("name", "seq_len", "seed", "document_mask", "weights", *_RULE):
             before, after = getattr(record, name), getattr(now, name)
             if before != after:
                 label = {"seed": "dataset_random_seed", "weights": "dataset_weights (as integers)"}.get(name, name)

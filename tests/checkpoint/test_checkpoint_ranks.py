@@ -161,6 +161,28 @@ def test_resharding_is_bit_exact_and_no_pickle_passes_between_ranks(tmp_path: Pa
     assert sum(n_bytes) < 1.5 * sum(v.numel() * 4 for v in expected().values())  # each chunk once
 
 
+def _three_by_two(root: str) -> list[str]:
+    manager = CheckpointManager(root, group=start())
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    tensors = training_tensors(mesh, fill=True)
+    manager.save(1, tensors, {"step": 1})
+    out = training_tensors(mesh, fill=False)
+    manager.load(1, out)
+    wrong = [*wrong_keys(tensors, mesh), *wrong_keys(out, mesh)]
+    finish()
+    return wrong
+
+
+def test_rows_that_three_ranks_cut_unevenly(tmp_path: Path) -> None:
+    """13 rows over tp 2 are 7 and 6; over dp 3 these are 3, 3, 1 and 2, 2, 2: the last data rank has 1 and 2."""
+    assert run_ranks(6, _three_by_two, str(tmp_path)) == [[]] * 6
+    chunks = read_manifest(tmp_path / "step-1").tensors["model.col13.weight"].chunks
+    assert sorted((c.offsets[0], c.sizes[0]) for c in chunks) == [(0, 3), (3, 3), (6, 1), (7, 2), (9, 2), (11, 2)]
+    out = {k: torch.zeros_like(v) for k, v in expected().items()}
+    CheckpointManager(tmp_path).load(1, out)
+    assert wrong_keys(out) == []
+
+
 def test_one_rank_to_many(tmp_path: Path) -> None:
     CheckpointManager(tmp_path).save(3, expected(), {"step": 3})
     assert run_ranks(4, _load_two_by_two, str(tmp_path)) == [[]] * 4

@@ -208,3 +208,17 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--training.seq_len  int, default 2048\n" in text
     assert "(also --checkpoint.enable_checkpoint)" in text
     assert "--training.data_stages.N.name  string, required" in text
+
+
+def test_a_byte_order_mark_is_no_syntax(tmp_path):
+    file = tmp_path / "windows.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
+    assert load_config(["--config", str(file)]).training.steps == 100
+
+
+def test_two_configuration_files(base, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(BASE)
+    expected = f'command line: --config is given twice, "{base}" and "{other}"; keep one'
+    assert problems(["--config", base, "--job.config_file", str(other)]) == [expected]
+    assert load_config(["--config", base, "--config", base]).training.steps == 100

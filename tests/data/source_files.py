@@ -91,3 +91,6 @@ class FakeStage:
     seq_len: int = 16
     global_batch_size: int = 8
     document_mask: bool = True
+    min_doc_len: int = 0
+    long_doc_len: int = 0
+    long_doc_share: float | None = None

@@ -145,7 +145,7 @@ def test_packed_rows_resume_deep_in_an_epoch_without_packing_it_again(data, monk
         other.next()
         assert other.sample_digest() == digests[step]
         assert len(packed) <= 3, at  # of the four that the epoch has: the open one, and what comes next
-        assert all(number >= 2 for number, _ in packed)
+        assert all(number >= 2 for number, *_ in packed)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megastage.data import compiled, packing
+from megastage.data.block_rows import Pieces, best_fit_plain, pack, take_apart
 from megastage.data.order import Visit, make_order
-from megastage.data.packing import PackedOrder, Pieces, best_fit_plain, choose_block, pack, take_apart
+from megastage.data.packing import PackedOrder, choose_block
 
 FINGERPRINT = bytes(range(32))
 

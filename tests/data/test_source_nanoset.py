@@ -161,6 +161,13 @@ def test_missing_and_empty_folders(tmp_path, name, words):
         open_source("nanoset", tmp_path / name)
 
 
+def test_a_file_whose_link_leads_nowhere_is_not_left_out(tmp_path):
+    write_nanoset(tmp_path, "a", [[1, 2, 3]])
+    (tmp_path / "b.ds").symlink_to(tmp_path / "unmounted" / "b.ds")
+    with pytest.raises(SourceError, match=r"b\.ds: a link to .*unmounted/b\.ds, which is not there"):
+        open_source("nanoset", tmp_path)
+
+
 def test_unknown_type():
     with pytest.raises(SourceError, match="'nanosets' is not known; choose one of huggingface, megatron"):
         open_source("nanosets", "/data")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from error_bound import assert_as_good
 
 from megastage.kernels.global_norm import global_norm
-from megastage.kernels.linear_cross_entropy import linear_cross_entropy
+from megastage.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_by_token
 from megastage.kernels.rms_norm import add_rms_norm, rms_norm
 from megastage.kernels.rope import rope_qk
 from megastage.kernels.swiglu import swiglu
@@ -155,6 +155,20 @@ def test_linear_cross_entropy(N, D, V, chunk_tokens, chunk_vocab, dtype, backend
     # with one word the softmax is 1, and only the z-loss keeps its gradient from being zero
     terms = (1e-7, inputs[1].abs().item(), inputs[0].abs().item()) if V == 1 else ()
     judge(ours, compared, native, inputs, [torch.ones((), dtype=torch.float64)], dtype, terms)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("chunk_tokens", "chunk_vocab"), [(1024, 0), (5, 0), (1024, 16), (4, 10)])
+def test_losses_of_tokens(chunk_tokens, chunk_vocab, backend):
+    h, w = noise(13, 16).float().requires_grad_(), noise(37, 16, seed=1).float()
+    labels = torch.randint(0, 37, (13,), generator=torch.Generator().manual_seed(5))
+    labels[[0, 6]] = -100
+    tiles = {"chunk_tokens": chunk_tokens, "chunk_vocab": chunk_vocab, "backend": backend}
+    loss, losses_N = linear_cross_entropy_by_token(h, w, labels, **tiles)
+    torch.testing.assert_close(losses_N, F.cross_entropy(h.detach() @ w.mT, labels, reduction="none"))
+    assert not losses_N.requires_grad
+    assert loss == linear_cross_entropy(h, w, labels, **tiles)
+    torch.testing.assert_close(loss.detach(), losses_N.sum())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,7 +20,7 @@ from megastage.parallel import tensor
 from megastage.parallel.collectives import gather_sequence, reduce_scatter_sequence
 from megastage.parallel.context import ContextGroup, make_groups
 from megastage.parallel.mesh import build_mesh
-from megastage.parallel.placement import initialise, local_window
+from megastage.parallel.placement import initialise, local_window, whole_tensor
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -47,7 +47,7 @@ def _whole_parameters(layout: list[str], world: int) -> dict[str, np.ndarray]:
     result = {}
     for name, parameter in model.parameters.items():
         assert isinstance(parameter, DTensor)
-        whole = parameter.full_tensor().detach()
+        whole = whole_tensor(parameter.detach())
         torch.testing.assert_close(parameter.to_local(), whole[local_window(parameter)], rtol=0, atol=0)
         result[name] = whole.numpy()
     return result
@@ -59,12 +59,14 @@ def _whole_parameters(layout: list[str], world: int) -> dict[str, np.ndarray]:
         (4, ["--parallelism.tensor_parallel_degree", "2"]),
         (4, ["--parallelism.data_parallel_replicate_degree", "2"]),
         (3, []),
+        (6, ["--parallelism.tensor_parallel_degree", "2", "--model.vocab_size", "517"]),
     ],
-    ids=["dp2tp2", "hsdp", "dp3"],
+    ids=["dp2tp2", "hsdp", "dp3", "dp3tp2"],
 )
 def test_a_seed_gives_the_same_weights_on_every_layout(world, layout):
     """Rows that don't divide (1025, 101) included; every rank's window is where it says it is."""
-    one = run_ranks(1, _whole_parameters, [], 1)[0]
+    sizes = layout[layout.index("--model.vocab_size") :] if "--model.vocab_size" in layout else []
+    one = run_ranks(1, _whole_parameters, sizes, 1)[0]
     for rank in run_ranks(world, _whole_parameters, layout, world):
         assert rank.keys() == one.keys()
         for name, value in rank.items():

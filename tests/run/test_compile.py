@@ -65,6 +65,8 @@ def _check(world: int, argv: list[str], eager: list[dict]) -> int:
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in run] == pytest.approx([r[key] for r in eager], rel=1e-5)
     assert [r["sample_digest"] for r in run] == [r["sample_digest"] for r in eager]
+    for record in run:
+        assert list(record["loss_by_source"].values()) == pytest.approx([record["loss"]], rel=1e-6)
     return min(graphs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,32 @@ def test_each_message_is_printed_once(capsys):
     spoken = [_said(capsys, error, rank, store)[1] for rank in (3, 0, 1)]
     assert spoken[0].startswith("[rank 3] ")
     assert spoken[1:] == ["", ""]
+
+
+def test_torchruns_summary_shows_what_the_program_says_itself_without_its_traceback(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def fail() -> None:
+        try:
+            get_flavor("llama3", "9B")
+        except ValueError as error:
+            failure.report(error, rank=0, leads_node=True, store=dist.HashStore())
+
+    fail()
+    said = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert "9B" in said["message"]
+    assert "Traceback" not in said["extraInfo"]["py_callstack"]
+
+
+def test_who_stays_silent_before_there_is_a_store_outlives_the_one_that_speaks(capsys, monkeypatch):
+    """torchrun stops all ranks when the first one ends: that must not be one that said nothing."""
+    slept: list[float] = []
+    monkeypatch.setattr(failure.time, "sleep", slept.append)
+    error = _caught(lambda: get_flavor("llama3", "9B"))
+    assert _said(capsys, error, 1, None) == (2, "")
+    assert slept == [5.0]
+    assert "9B" in _said(capsys, error, 0, None)[1]
+    assert slept == [5.0]
 
 
 def test_the_echo_of_a_failure_elsewhere_is_silent(capsys):

@@ -57,6 +57,18 @@ def test_same_losses_and_samples_as_one_process(layout, quick_start, one_process
     assert [r["valid_labels"] for r in run] == [r["valid_labels"] for r in one_process]
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in run] == pytest.approx([r[key] for r in one_process], rel=1e-5)
+    for mine, one in zip(run, one_process, strict=True):
+        assert mine["loss_by_source"] == pytest.approx(one["loss_by_source"], rel=1e-5)
+
+
+def test_a_source_has_a_loss_where_it_has_a_row(one_process):
+    """4 rows a step at 0.8, 0.1, 0.1 and then 0.3, 0.35, 0.35: few steps read all three."""
+    found = [{name.rpartition("/")[2] for name in r["loss_by_source"]} for r in one_process]
+    assert set.union(*found) == {"general", "math", "code"}
+    assert {len(names) for names in found} >= {2, 3}
+    for record in one_process:
+        values = record["loss_by_source"].values()
+        assert min(values) <= record["loss"] <= max(values)
 
 
 def test_the_loss_falls_and_the_samples_differ(one_process):

@@ -50,6 +50,8 @@ def one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
 def _same(run: list[dict], one: list[dict]) -> None:
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in run] == pytest.approx([r[key] for r in one], rel=1e-5)
+    for record in run:  # of the only source
+        assert list(record["loss_by_source"].values()) == pytest.approx([record["loss"]], rel=1e-6)
 
 
 def _watched(argv: list[str], what: str) -> Any:
@@ -58,13 +60,13 @@ def _watched(argv: list[str], what: str) -> Any:
 
     seen: list[Any] = []
     if what == "vocabulary":
-        original = loss.linear_cross_entropy
+        original = loss.linear_cross_entropy_by_token
 
         def spy(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
             seen.append((hidden.shape[0], weight.shape[0]))
             return original(hidden, weight, labels, **options)
 
-        loss.linear_cross_entropy = spy
+        loss.linear_cross_entropy_by_token = spy
     elif what == "layers":
         init = Decoder.__init__
 

@@ -353,7 +353,10 @@ def files_of(path: Path, suffixes: Sequence[str], what: str) -> list[Path]:
         return [path]
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder; check the path of this {what} source")
-    found = sorted(file for file in path.iterdir() if file.name.endswith(tuple(suffixes)) and file.is_file())
+    found = sorted(file for file in path.iterdir() if file.name.endswith(tuple(suffixes)) and not file.is_dir())
+    lost = [file for file in found if not file.exists()]
+    if lost:
+        raise SourceError(f"{lost[0]}: a link to {os.readlink(lost[0])}, which is not there; mend it or remove it")
     if not found:
         raise SourceError(f"{path}: holds no {what} file ({', '.join('*' + suffix for suffix in suffixes)})")
     return found
