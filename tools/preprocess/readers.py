@@ -183,7 +183,8 @@ def _parquet(part: Part, text_field: str, progress: Progress) -> Iterator[str | 
 
     path = part.file.path
     try:
-        with pq.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as reader:
+        options = {"buffer_size": BLOCK_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with pq.ParquetFile(path, **options) as reader:
             row = 1 + sum(reader.metadata.row_group(i).num_rows for i in range(part.start))
             groups = range(part.start, part.stop)
             rows = sum(reader.metadata.row_group(i).num_rows for i in groups)
