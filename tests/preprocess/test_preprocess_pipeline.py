@@ -161,7 +161,7 @@ def test_long_documents_keep_the_tokens_of_the_whole(
     assert read_packed(tokenize(tmp_path / "long.txt", output="txt")) == expected(bpe, [long])
 
 
-@pytest.mark.parametrize("join", ["\n", " ", "\n    "])
+@pytest.mark.parametrize("join", ["\n", " ", "\n    ", "1 "])
 def test_long_text_is_cut_into_bounded_stretches(bpe: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
     monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 2000)
     text = join.join(["some words, a line; 12 numbers", "x = [1, 2]", "Zürich liegt am See"] * 1000)
