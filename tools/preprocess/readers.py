@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from megastage.data.decompress import BLOCK_BYTES, opened
 
@@ -62,10 +62,9 @@ def _lines(part: Part, text_field: str, progress: Progress) -> Iterator[str | Do
     file = part.file
     stop = part.stop if not file.compression else None
     with opened(file.path, file.compression, InputError) as (stream, raw):
-        if part.start:
-            stream.seek(part.start - 1)
-            stream.readline()
-        first = position = stream.tell() if stop is not None else 0
+        first = position = _first_line(stream, part.start, part.stop) if part.start else 0
+        if first:
+            stream.seek(first)
         count, reported = 0, raw.tell()
         first_line: int | None = None if first else 1
         while stop is None or position < stop:
@@ -89,6 +88,24 @@ def _lines(part: Part, text_field: str, progress: Progress) -> Iterator[str | Do
                 progress(raw.tell() - reported)
                 reported = raw.tell()
         progress(raw.tell() - reported)
+
+
+def _first_line(stream: BinaryIO, start: int, stop: int) -> int:
+    """Where the first line that begins in bytes start .. stop - 1 does; `stop` if none does.
+
+    Nothing further is read: a long line spans many parts, and each would read it to its end.
+    """
+    stream.seek(start - 1)
+    position = start - 1
+    while position < stop - 1:
+        block = stream.read(min(BLOCK_BYTES, stop - 1 - position))
+        if not block:
+            break
+        at = block.find(b"\n")
+        if at >= 0:
+            return position + at + 1
+        position += len(block)
+    return stop
 
 
 def _parse(line: bytes, text_field: str, kind: str) -> str | BadLine | None:
