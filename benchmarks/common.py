@@ -59,7 +59,7 @@ def verdict(ratio: float, bar: float, note: str = "") -> bool:
 
 def write_tokens(folder: Path, n_tokens: int, *, seed: int = 0, vocab_size: int = 50_257) -> Path:
     """A data set in three forms that share the token file: nanoset `x.ds`, Megatron `x.bin` + `x.idx`. Returns `x`."""
-    from megastage.data.sources.megatron import _HEADER, _MAGIC
+    from megastage.data.sources.megatron import HEADER, MAGIC
 
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_tokens(folder: Path, n_tokens: int, *, seed: int = 0, vocab_size: int 
     (folder / "x.ds.metadata").write_text(f"made-up|2\n{n_tokens}\n")
     lengths = np.diff(ends, prepend=0)
     with open(folder / "x.idx", "wb") as file:
-        file.write(_MAGIC + _HEADER.pack(1, 8, len(lengths), len(lengths) + 1))
+        file.write(MAGIC + HEADER.pack(1, 8, len(lengths), len(lengths) + 1))
         file.write(lengths.astype("<i4").tobytes() + ((ends - lengths) * 2).astype("<i8").tobytes())
         file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
     return folder / "x"

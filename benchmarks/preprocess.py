@@ -1,10 +1,11 @@
 """Whole preprocessing runs of 200 MB of text: against the bare tokenizer, per core, and datatrove's pipeline.
 
-    python benchmarks/preprocess.py [--megabytes 200]        (pip install gigatoken datatrove)
+    python benchmarks/preprocess.py [--megabytes 200] [--runs 5]        (pip install gigatoken datatrove)
 
 The text is the source code and docstrings that Python's packages bring, as JSON lines; the tokenizer is a byte-level
 BPE of 8192 entries trained on it. Ours is the command, from start to finished data set. Raw is `encode_batch_fast` on
-texts that are in memory already, on one thread a core. The tokens of all runs are compared.
+texts that are in memory already, on one thread a core. The tokens of all runs are compared; with several runs, which go
+in turn, the medians count.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +108,27 @@ def datatrove(text: Path, tokenizer: Path, output: Path) -> tuple[float, np.ndar
     return seconds, np.fromfile(file, np.uint16)
 
 
+def one_run(
+    folder: Path, texts: list[str], text: Path, tokenizer: Path, tokens: dict[str, np.ndarray], fast_only: bool
+) -> Iterator[tuple[str, float]]:
+    """(name, seconds) of each way once; adds its tokens by name."""
+    folder.mkdir()
+    for workers in (1, 2):
+        if not fast_only:
+            yield f"raw, {workers}", raw(texts, tokenizer, workers)
+        for engine in ("gigatoken",) if fast_only else ("hf", "gigatoken"):
+            output = folder / f"{engine}-{workers}"
+            yield f"{engine}, {workers}", command(text, tokenizer, output, workers, engine)
+            tokens[output.name] = np.asarray(open_packed_memmap(output).tokens)
+    seconds, tokens["datatrove"] = datatrove(text, tokenizer, folder / "datatrove")
+    yield "datatrove, 1", seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--fast-only", action="store_true", help="leave out the tokenizers library's engine (minutes)")
+    parser.add_argument("--runs", type=int, default=1, help="of everything; 200 MB take some 8 minutes each")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, alone():
         folder = Path(name)
@@ -117,15 +137,12 @@ def main() -> None:
         texts = write_text(text, args.megabytes)
         train_bpe(texts[: 4_000_000 // 10_000], 8192, tokenizer)
         assert load_tokenizer(tokenizer).eos_id is not None
-        times, tokens = {}, {}
-        for workers in (1, 2):
-            if not args.fast_only:
-                times[f"raw, {workers}"] = raw(texts, tokenizer, workers)
-            for engine in ("gigatoken",) if args.fast_only else ("hf", "gigatoken"):
-                output = folder / f"{engine}-{workers}"
-                times[f"{engine}, {workers}"] = command(text, tokenizer, output, workers, engine)
-                tokens[output.name] = np.asarray(open_packed_memmap(output).tokens)
-        times["datatrove, 1"], tokens["datatrove"] = datatrove(text, tokenizer, folder / "datatrove")
+        taken: dict[str, list[float]] = {}
+        tokens: dict[str, np.ndarray] = {}
+        for run in range(args.runs):
+            for name, seconds in one_run(folder / str(run), texts, text, tokenizer, tokens, args.fast_only):
+                taken.setdefault(name, []).append(seconds)
+        times = {name: statistics.median(values) for name, values in taken.items()}
         first = tokens["datatrove"]  # which uses the tokenizers library too
         different = [name for name, values in tokens.items() if not np.array_equal(values, first)]
         size = sum(len(each.encode()) for each in texts) / 1e6

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,6 +103,17 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+def token_bytes(tokens: np.ndarray, dtype: np.dtype[Any], limit: int) -> Iterator[bytes]:
+    """Tokens as bytes of `dtype`, some MB at a time. Raises ValueError for an id outside 0 .. limit - 1."""
+    for start in range(0, tokens.size, _CHUNK_TOKENS):
+        part = tokens[start : start + _CHUNK_TOKENS]
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= limit:
+            outside = f"token {low if low < 0 else high} is outside 0 .. {limit - 1} (dtype {dtype.name}, vocabulary)"
+            raise ValueError(f"{outside}; choose uint32 or the tokenizer that made the tokens")
+        yield np.ascontiguousarray(part, dtype=dtype).tobytes()
+
+
 class PackedMemmapWriter:
     """Streams documents into a new packed_memmap folder; page checksums are computed on the way.
 
@@ -152,24 +163,14 @@ class PackedMemmapWriter:
             raise ValueError(f"document lengths sum to {int(sizes.sum())}, but {array.size} tokens were given")
         if array.dtype.kind not in "iu" and array.size:
             raise ValueError(f"tokens must be integers, not {array.dtype}")
-        for start in range(0, array.size, _CHUNK_TOKENS):
-            self._write_tokens(array[start : start + _CHUNK_TOKENS])
+        for content in token_bytes(array, _DTYPES[self._dtype], self._limit):
+            self._tokens_file.write(content)
+            self._pages.update(content)
         ends = (self.n_tokens + np.cumsum(sizes)).astype("<u8").tobytes()
         self._documents_file.write(ends)
         self._documents_crc32 = zlib.crc32(ends, self._documents_crc32)
         self.n_tokens += array.size
         self.n_documents += sizes.size
-
-    def _write_tokens(self, part: np.ndarray) -> None:
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= self._limit:
-            raise ValueError(
-                f"token {low if low < 0 else high} is outside 0 .. {self._limit - 1} (dtype {self._dtype} and the "
-                "vocabulary); choose uint32 or the tokenizer that made the tokens"
-            )
-        content = np.ascontiguousarray(part, dtype=_DTYPES[self._dtype]).tobytes()
-        self._tokens_file.write(content)
-        self._pages.update(content)
 
     def finish(self) -> PackedMemmapMetadata:
         """Sync everything, write metadata.json and rename the folder into place."""

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -190,3 +193,49 @@ def test_metadata_with_huge_numbers_is_refused(tmp_path):
         for value in (2**70, -1, 1e300, "9" * 40):
             (path / "metadata.json").write_text(json.dumps({**metadata, key: value}))
             assert read_or_refuse(dataset_type, path) is None
+
+
+_FOOTERS = """
+import sys
+from pathlib import Path
+from megastage.data.sources.base import SourceOptions, open_source
+from megastage.preprocess.inputs import find_files, plan_pieces
+from megastage.preprocess.readers import BadLine, read_part
+
+def tokens(path):
+    source = open_source("preprocessed", path)
+    return source.read(0, source.n_tokens).tolist()
+
+def texts(path):
+    parts = [part for piece in plan_pieces(find_files([str(path)], text_lines=False), "text") for part in piece.parts]
+    found = [item for part in parts for item in read_part(part, "text", lambda _: None)]
+    if any(isinstance(item, BadLine) for item in found):
+        raise ValueError(str(path))
+    return found
+
+refused = 0
+for read, name in ((tokens, "tokens"), (texts, "texts")):
+    sound = Path(sys.argv[1], name + ".parquet").read_bytes()
+    want = read(Path(sys.argv[1], name + ".parquet"))
+    footer = int.from_bytes(sound[-8:-4], "little") + 8
+    broken = Path(sys.argv[1], "broken.parquet")
+    for at in range(len(sound) - footer, len(sound)):
+        for value in (sound[at] ^ 1 << at % 8, 0xFF):
+            broken.write_bytes(sound[:at] + bytes([value]) + sound[at + 1:])
+            try:
+                got = read(broken)
+            except ValueError as error:
+                assert str(broken) in str(error), error
+                refused += 1
+print(refused)
+"""
+
+
+def test_no_byte_of_a_parquet_footer_ends_the_process(tmp_path):
+    """pyarrow aborts on some; that can be seen from another process only."""
+    pq.write_table(pa.table({"input_ids": pa.array(DOCS, pa.list_(pa.int32()))}), tmp_path / "tokens.parquet")
+    pq.write_table(pa.table({"text": ["one two", "three", "four"]}), tmp_path / "texts.parquet")
+    command = [sys.executable, "-c", _FOOTERS, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 300

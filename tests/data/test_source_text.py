@@ -162,7 +162,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
         ("x.jsonl", b'{"body": "a"}\n', "line 1: no text under 'text' (found ['body'])"),
         ("x.jsonl", b'{"text": "a"\n', "x.jsonl, line 1: no JSON"),
         ("x.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
-        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz, behind line 0: cannot be unpacked"),
+        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz: damaged gzip data"),
         ("x.json", b"[1, 2", "x.json: no JSON"),
         ("x.jsonl", b"", "its text gives no tokens"),
         ("x.parquet", b"PAR1", "x.parquet: not readable as .parquet"),

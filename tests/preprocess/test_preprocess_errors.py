@@ -103,6 +103,8 @@ def make_input(tmp_path: Path, name: str, content: bytes) -> Path:
         ("in.parquet", b"PAR1 nonsense PAR1", "not a readable parquet file"),
         ("in.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], "damaged gzip data"),
         ("in.jsonl.gz", b"not gzip", "damaged gzip data"),
+        ("in.jsonl.gz", b"", "in.jsonl.gz: empty, and so no gz file"),
+        ("in.txt.zst", b"", "in.txt.zst: empty, and so no zst file"),
         ("in.jsonl.zst", b"not zstd", "damaged zstd data"),
         ("in.txt.gz", gzip.compress(b"x\xff" * 1000, mtime=0), "in.txt.gz:1: not UTF-8"),
     ],

@@ -152,7 +152,7 @@ def test_long_documents_keep_the_tokens_of_the_whole(
 ) -> None:
     monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 4000)
     monkeypatch.setattr("megastage.preprocess.readers.STREAM_BYTES", 1000)
-    monkeypatch.setattr("megastage.preprocess.readers._BLOCK_BYTES", 777)  # splits UTF-8 sequences
+    monkeypatch.setattr("megastage.preprocess.readers.BLOCK_BYTES", 777)  # splits UTF-8 sequences
     words = texts(400, seed=5)
     long = "\n".join(words) if newlines else "".join(words).replace("\n", "").replace(" ", "")
     source = write_jsonl(tmp_path / "in.jsonl", ["short", long, "short again"])
@@ -161,7 +161,7 @@ def test_long_documents_keep_the_tokens_of_the_whole(
     assert read_packed(tokenize(tmp_path / "long.txt", output="txt")) == expected(bpe, [long])
 
 
-@pytest.mark.parametrize("join", ["\n", " ", "\n    "])
+@pytest.mark.parametrize("join", ["\n", " ", "\n    ", "1 "])
 def test_long_text_is_cut_into_bounded_stretches(bpe: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
     monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 2000)
     text = join.join(["some words, a line; 12 numbers", "x = [1, 2]", "Zürich liegt am See"] * 1000)

@@ -115,6 +115,23 @@ def _add_care(commands: Any) -> None:
     add("--to", choices=FORMATS, default="packed_memmap", help="format to write (default: packed_memmap)")
     add("--overwrite", action="store_true", help="replace an output that exists")
 
+    _add_pack(commands, known)
+
+
+def _add_pack(commands: Any, known: str) -> None:
+    text = "pack documents into rows for trainers that don't, or (without --output) tell what that would give"
+    add = _command(commands, "pack", "pack:run", text).add_argument
+    add("path", metavar="DATA", help=known)
+    add("--seq-len", type=_positive, nargs="+", required=True, metavar="N", help="tokens of a row; several to compare")
+    add("--output", metavar="FOLDER", help="the rows to write (default: none, only the table)")
+    add("--method", choices=("best-fit", "concatenate"), help="default: best-fit; both in a table alone")
+    add("--seed", type=int, default=1234, help="of the order by best fit: dataset_random_seed (default: 1234)")
+    many = "input_ids with labels of the same positions (default), or inputs with labels of the next ones"
+    add("--layout", choices=("input_ids", "inputs"), default="input_ids", help=many)
+    add("--pad-id", type=int, metavar="ID", help="fill rows up with this token (default: rows end where they end)")
+    add("--to", choices=("arrow", "parquet"), default="arrow", help="kind of files (default: arrow)")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+
 
 def _positive(text: str) -> int:
     try:

@@ -53,7 +53,7 @@ def _write(
 ) -> None:
     output = os.path.realpath(options.output)
     for source in sources:
-        if output in {os.path.realpath(source.path), *(os.path.realpath(s.file) for s in source.segments)}:
+        if output in {os.path.realpath(source.path), *map(os.path.realpath, source.files)}:
             raise DataError(f"{options.output}: is one of the inputs; choose another output")
     writer = WRITERS[options.to](
         options.output,
@@ -63,7 +63,7 @@ def _write(
         tokenizer_json=tokenizer_json,
         overwrite=options.overwrite,
     )
-    progress = Progress(sum(segment.tokens.nbytes for source in sources for segment in source.segments), "write")
+    progress = Progress(sum(source.token_bytes for source in sources), "write")
     try:
         copy_documents(sources, writer, progress.add)
     finally:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from megastage.data import packed_memmap
-from megastage.data.packed_memmap import METADATA, TOKENIZER, PackedMemmapWriter, TokenizerFacts, open_packed_memmap
+from megastage.data.packed_memmap import METADATA, TOKENIZER, PackedMemmapWriter, TokenizerFacts
+from megastage.data.sources.base import TokenSource, open_source
+from megastage.data.sources.nanoset import read_metadata
 
 from . import megatron
 from .nanoset import UNKNOWN, NanosetWriter
@@ -29,54 +31,46 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One file's tokens, and its document ends counted from the start of that file."""
-
-    file: str
-    tokens: np.ndarray
-    doc_ends: np.ndarray
-
-
-@dataclass(frozen=True)
 class TokenData:
-    """A data set of any format. `eos_id` is None when documents end in different tokens."""
+    """A data set of any format: what the trainer reads of it, and what is recorded beside.
+
+    files: its token files; eos_id: None when documents end in different tokens.
+    """
 
     path: str
     kind: str
     dtype: str
-    segments: tuple[Segment, ...]
+    source: TokenSource
+    files: tuple[str, ...]
     eos_id: int | None
     tokenizer: TokenizerFacts | None
     tokenizer_json: Path | None
 
     @property
     def n_tokens(self) -> int:
-        return sum(segment.tokens.size for segment in self.segments)
+        return self.source.n_tokens
 
     @property
     def n_documents(self) -> int:
-        return sum(segment.doc_ends.size for segment in self.segments)
+        return self.source.doc_ends.size
+
+    @property
+    def token_bytes(self) -> int:
+        """Size of the tokens on the disk."""
+        return self.source.n_tokens * self.source.dtype.itemsize
 
     def lengths(self) -> np.ndarray:
         """Tokens of every document, int64[n_documents]."""
-        return np.concatenate([np.diff(s.doc_ends.astype(np.int64), prepend=0) for s in self.segments])
+        return np.diff(self.source.doc_ends.astype(np.int64), prepend=0)
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of document `index` over all files."""
-        for segment in self.segments:
-            if index < segment.doc_ends.size:
-                start = int(segment.doc_ends[index - 1]) if index else 0
-                return segment.tokens[start : int(segment.doc_ends[index])]
-            index -= segment.doc_ends.size
-        raise IndexError(index)
+        ends = self.source.doc_ends
+        return self.source.read(int(ends[index - 1]) if index else 0, int(ends[index]))
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Everything in bounded steps: (tokens, lengths of the documents they make up)."""
-        for segment in self.segments:
-            for start in range(0, segment.doc_ends.size, _CHUNK_DOCUMENTS):
-                ends = segment.doc_ends[start : start + _CHUNK_DOCUMENTS].astype(np.int64)
-                first = int(segment.doc_ends[start - 1]) if start else 0
-                yield segment.tokens[first : int(ends[-1])], np.diff(ends, prepend=first)
+        yield from _documents(self.source)
 
 
 def open_data(path: str) -> TokenData:
@@ -94,10 +88,9 @@ def open_data(path: str) -> TokenData:
 
 
 def _packed(path: str) -> TokenData:
-    data = open_packed_memmap(path)
-    segment = Segment(os.path.join(path, packed_memmap.TOKENS), data.tokens, data.doc_ends)
-    facts = data.metadata
-    return TokenData(path, "packed_memmap", facts.dtype, (segment,), facts.eos_id, facts.tokenizer, _copy(path))
+    source, facts = open_source("packed_memmap", path), packed_memmap.read_metadata(path)
+    files = (os.path.join(path, packed_memmap.TOKENS),)
+    return TokenData(path, "packed_memmap", facts.dtype, source, files, facts.eos_id, facts.tokenizer, _copy(path))
 
 
 def _copy(path: str) -> Path | None:
@@ -106,69 +99,49 @@ def _copy(path: str) -> Path | None:
 
 
 def _nanoset(path: str) -> TokenData:
-    segments, facts = [], set()
-    for file in sorted(Path(path).glob("*.ds")):
+    files = sorted(Path(path).glob("*.ds"))
+    for file in files:
         if Path(f"{file}.loss").exists():
             raise DataError(f"{file}.loss: loss masks would be lost here; train from the nanoset as it is")
-        segment, name, width = _nanoset_file(file)
-        segments.append(segment)
-        facts.add((name, width))
-    if len(facts) > 1:
-        raise DataError(f"{path}: files of different tokenizers or widths ({sorted(facts)}); give each its own folder")
-    name, width = facts.pop()
-    tokenizer = None if name == UNKNOWN else TokenizerFacts(name, None, None)
+        if not Path(f"{file}.index").is_file():
+            raise DataError(f"{file}.index: missing, so its documents are not known; tokenize {file.name} again")
+    source = open_source("nanoset", path)
+    name, width, _ = read_metadata(files[0])
+    tokenizer = None if name in ("", UNKNOWN) else TokenizerFacts(name, None, None)
     dtype = "uint16" if width == 2 else "uint32"
-    return TokenData(path, "nanoset", dtype, tuple(segments), common_end(segments), tokenizer, _copy(path))
-
-
-def _nanoset_file(file: Path) -> tuple[Segment, str, int]:
-    metadata, index = Path(f"{file}.metadata"), Path(f"{file}.index")
-    for needed in (metadata, index):
-        if not needed.is_file():
-            raise DataError(f"{needed}: missing, so {file.name} is not a complete nanoset file; tokenize it again")
-    try:
-        lines = metadata.read_text(encoding="utf-8").split("\n")
-        name, _, size = lines[0].rpartition("|")
-        width, count = int(size), int(lines[1])
-    except (ValueError, IndexError):
-        raise DataError(f"{metadata}: expected `tokenizer|2` or `tokenizer|4`, then the token count") from None
-    if width not in (2, 4):
-        raise DataError(f"{metadata}: token size {width}, expected 2 or 4")
-    size_bytes = file.stat().st_size
-    if size_bytes != count * width or not count:
-        raise DataError(f"{file}: {size_bytes} bytes, but its metadata records {count} tokens of {width} bytes")
-    if index.stat().st_size % 8 or not index.stat().st_size:
-        raise DataError(f"{index}: {index.stat().st_size} bytes are no list of uint64 document ends; restore it")
-    ends = np.memmap(index, dtype="<u8", mode="r").view(np.ndarray)
-    if int(ends[-1]) != count or bool((ends[1:] < ends[:-1]).any()):
-        raise DataError(f"{index}: its ends do not rise to the {count} tokens of {file.name}; restore it")
-    tokens = np.memmap(file, dtype=f"<u{width}", mode="r").view(np.ndarray)
-    return Segment(str(file), tokens, ends), name or UNKNOWN, width
+    names = tuple(str(file) for file in files)
+    return TokenData(path, "nanoset", dtype, source, names, common_end(source), tokenizer, _copy(path))
 
 
 def _megatron(path: str) -> TokenData:
-    tokens, ends = megatron.read_index(path)
-    segment = Segment(f"{megatron.prefix_of(path)}.bin", tokens, ends)
-    highest = max(int(tokens[i : i + (1 << 22)].max()) for i in range(0, tokens.size, 1 << 22))
-    narrow = tokens.dtype.itemsize <= 2 or (tokens.dtype.itemsize == 8 and highest < 1 << 16)
-    dtype = "uint16" if narrow else "uint32"
-    return TokenData(path, "megatron", dtype, (segment,), common_end([segment]), None, None)
+    source = open_source("megatron", megatron.prefix_of(path))
+    steps = range(0, source.n_tokens, 1 << 22)
+    highest = max(int(source.read(i, min(i + (1 << 22), source.n_tokens)).max()) for i in steps)
+    width = source.dtype.itemsize
+    dtype = "uint16" if width <= 2 or (width == 8 and highest < 1 << 16) else "uint32"
+    file = f"{megatron.prefix_of(path)}.bin"
+    return TokenData(path, "megatron", dtype, source, (file,), common_end(source), None, None)
 
 
-def common_end(segments: list[Segment]) -> int | None:
+def _documents(source: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    first = 0
+    for start in range(0, source.doc_ends.size, _CHUNK_DOCUMENTS):
+        ends = source.doc_ends[start : start + _CHUNK_DOCUMENTS].astype(np.int64)
+        yield source.read(first, int(ends[-1])), np.diff(ends, prepend=first)
+        first = int(ends[-1])
+
+
+def common_end(source: TokenSource) -> int | None:
     """The token that ends every document, None when they differ or one document is all there is."""
     found: int | None = None
-    if sum(segment.doc_ends.size for segment in segments) < 2:
+    if source.doc_ends.size < 2:
         return None
-    for segment in segments:
-        for start in range(0, segment.doc_ends.size, 1 << 20):
-            ends = segment.doc_ends[start : start + (1 << 20)]
-            # Empty documents have no last token; the end before them is looked at anyway.
-            last = segment.tokens[ends[ends > 0].astype(np.int64) - 1]
-            for token in np.unique(last):
-                if found is not None and found != int(token):
-                    return None
-                found = int(token)
+    for tokens, lengths in _documents(source):
+        # Empty documents have no last token.
+        for token in np.unique(tokens[np.cumsum(lengths)[lengths > 0] - 1]):
+            if found is not None and found != int(token):
+                return None
+            found = int(token)
     return found
 
 

@@ -54,7 +54,7 @@ def _rows(data: TokenData, tokenizer: Tokenizer | None, lengths: np.ndarray) -> 
         eos += f", {tokenizer.decode([data.eos_id])!r}"
     quantiles = np.percentile(lengths, [50, 90, 99], method="lower").astype(np.int64)
     return [
-        ("data", f"{data.path} ({data.kind}, {data.dtype}, {len(data.segments)} token files)"),
+        ("data", f"{data.path} ({data.kind}, {data.dtype}, {len(data.files)} token files)"),
         ("tokenizer", name),
         ("end of document", eos),
         ("documents", f"{data.n_documents:,}"),

@@ -18,8 +18,8 @@ LONG_CHARACTERS = 1 << 20
 _WINDOW = 512
 _SEARCH_CHARACTERS = 1 << 14
 _TRIES = 32
-# Before a space between two letters, or after a line break between two visible characters.
-_SEAMS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\S)\n(?=\S)")
+# Before a space between a letter or digit and a letter, or after a line break between two visible characters.
+_SEAMS = re.compile(r"(?<=[^\W_]) (?=[^\W\d_])|(?<=\S)\n(?=\S)")
 
 
 def encode_piece(piece: Piece, settings: Settings, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardFacts:

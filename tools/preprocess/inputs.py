@@ -161,16 +161,18 @@ def _row_groups(file: InputFile, text_field: str, piece_bytes: int) -> Iterator[
 
     try:
         metadata = pq.read_metadata(file.path)
-    except (pa.ArrowException, OSError) as error:
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file.path}: not a readable parquet file ({error}); replace or remove it") from None
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     if text_field not in paths:
         names = ", ".join(paths[:20])
         raise InputError(f"{file.path}: no column {text_field!r}; it has {names}; choose one with --text-field")
-    start, cost = 0, 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        cost += sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
+    # A group's share of the file by its size before compression: in damaged files pyarrow ends the process when asked
+    # for that of a column's chunk.
+    sizes = [max(0, metadata.row_group(group).total_byte_size) for group in range(metadata.num_row_groups)]
+    start, cost, total = 0, 0, max(1, sum(sizes))
+    for group, size in enumerate(sizes):
+        cost += file.size_bytes * size // total
         if cost >= piece_bytes or group == metadata.num_row_groups - 1:
             yield Part(file, start, group + 1, cost)
             start, cost = group + 1, 0

@@ -12,12 +12,11 @@ from typing import BinaryIO
 import numpy as np
 
 from megastage.data.durable import StagedFolder, fsync_path, write_atomically
-from megastage.data.packed_memmap import TOKENIZER, TokenizerFacts
+from megastage.data.packed_memmap import TOKENIZER, TokenizerFacts, token_bytes
 
 NAME = "tokens.ds"
 UNKNOWN = "Unknown Tokenizer"
 _SUFFIXES = (".ds", ".ds.index", ".ds.metadata", ".ds.loss")
-_CHUNK_TOKENS = 1 << 22
 
 
 def is_ours(name: str) -> bool:
@@ -60,13 +59,8 @@ class NanosetWriter:
         """Add several documents: their tokens end to end, and the length of each in tokens."""
         sizes = np.asarray(lengths, dtype=np.int64)
         assert int(sizes.sum()) == tokens.size
-        for start in range(0, tokens.size, _CHUNK_TOKENS):
-            part = tokens[start : start + _CHUNK_TOKENS]
-            if int(part.min()) < 0 or int(part.max()) >= self._limit:
-                raise ValueError(
-                    f"token {int(part.max())} is outside 0 .. {self._limit - 1}; is this the right tokenizer?"
-                )
-            self._tokens.write(part.astype(self._dtype).tobytes())
+        for content in token_bytes(tokens, self._dtype, self._limit):
+            self._tokens.write(content)
         self._index.write((self.n_tokens + np.cumsum(sizes)).astype("<u8").tobytes())
         self.n_tokens += tokens.size
         self.n_documents += sizes.size

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
+
+from megastage.data.decompress import BLOCK_BYTES, opened
 
 from .inputs import InputError, InputFile, Part
 
 STREAM_BYTES = 4 << 20
-_BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 30
+_BATCH_ROWS, _BATCH_BYTES = 256, 16 << 20
 _BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 
 Progress = Callable[[int], None]
@@ -49,32 +49,30 @@ def read_part(part: Part, text_field: str, progress: Progress) -> Iterator[str |
     facts = os.stat(file.path)
     if (facts.st_size, facts.st_mtime_ns) != (file.size_bytes, file.mtime_ns):
         raise InputError(f"{file.path}: changed while it was being read; leave it alone and start again")
-    try:
-        if file.kind == "parquet":
-            yield from _parquet(part, text_field, progress)
-        elif file.kind == "text":
-            yield from _text(file, progress)
-        else:
-            yield from _lines(part, text_field, progress)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{file.path}: damaged gzip data ({error}); compress it again or remove it") from None
+    if file.kind == "parquet":
+        yield from _parquet(part, text_field, progress)
+    elif file.kind == "text":
+        yield from _text(file, progress)
+    else:
+        yield from _lines(part, text_field, progress)
 
 
 def _lines(part: Part, text_field: str, progress: Progress) -> Iterator[str | Document | BadLine]:
     """Lines whose first byte lies in the part; the last one is read to its end."""
     file = part.file
     stop = part.stop if not file.compression else None
-    with _open(file) as (stream, raw):
-        if part.start:
-            stream.seek(part.start - 1)
-            stream.readline()
-        first = position = stream.tell() if stop is not None else 0
+    with opened(file.path, file.compression, InputError) as (stream, raw):
+        first = position = _first_line(stream, part.start, part.stop) if part.start else 0
+        if first:
+            stream.seek(first)
         count, reported = 0, raw.tell()
         first_line: int | None = None if first else 1
         while stop is None or position < stop:
-            line = stream.readline()
+            line = stream.readline(MAX_LINE_BYTES)
             if not line:
                 break
+            if len(line) == MAX_LINE_BYTES:
+                raise InputError(f"{file.path}: a line of {MAX_LINE_BYTES:,} bytes or more; cut it into documents")
             if position == 0:
                 line = _without_bom(file, line)
             result = _parse(line, text_field, file.kind)
@@ -86,10 +84,28 @@ def _lines(part: Part, text_field: str, progress: Progress) -> Iterator[str | Do
                 yield result
             position += len(line)
             count += 1
-            if count % 64 == 0 or len(line) > _BLOCK_BYTES:
+            if count % 64 == 0 or len(line) > BLOCK_BYTES:
                 progress(raw.tell() - reported)
                 reported = raw.tell()
         progress(raw.tell() - reported)
+
+
+def _first_line(stream: BinaryIO, start: int, stop: int) -> int:
+    """Where the first line that begins in bytes start .. stop - 1 does; `stop` if none does.
+
+    Nothing further is read: a long line spans many parts, and each would read it to its end.
+    """
+    stream.seek(start - 1)
+    position = start - 1
+    while position < stop - 1:
+        block = stream.read(min(BLOCK_BYTES, stop - 1 - position))
+        if not block:
+            break
+        at = block.find(b"\n")
+        if at >= 0:
+            return position + at + 1
+        position += len(block)
+    return stop
 
 
 def _parse(line: bytes, text_field: str, kind: str) -> str | BadLine | None:
@@ -124,6 +140,8 @@ def _field(row: Any, text_field: str) -> str | BadLine:
 
 
 def _checked(value: Any, text_field: str) -> str | BadLine:
+    if isinstance(value, UnicodeDecodeError):
+        return BadLine("", f"field {text_field!r} is not UTF-8 at byte {value.start}")
     if not isinstance(value, str):
         return BadLine("", f"field {text_field!r} is {_type(value)}, not a string")
     # isascii is one flag test; only other text can hold half of a surrogate pair.
@@ -166,13 +184,13 @@ def _text(file: InputFile, progress: Progress) -> Iterator[str | Document | BadL
 
 def _decoded(file: InputFile) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with _open(file) as (stream, _):
-        block = _without_bom(file, stream.read(_BLOCK_BYTES))
+    with opened(file.path, file.compression, InputError) as (stream, _):
+        block = _without_bom(file, stream.read(BLOCK_BYTES))
         while block:
             text = decoder.decode(block)
             if text:
                 yield text
-            block = stream.read(_BLOCK_BYTES)
+            block = stream.read(BLOCK_BYTES)
     decoder.decode(b"", final=True)
 
 
@@ -182,89 +200,46 @@ def _parquet(part: Part, text_field: str, progress: Progress) -> Iterator[str | 
 
     path = part.file.path
     try:
-        with pq.ParquetFile(path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as reader:
+        options = {"buffer_size": BLOCK_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with pq.ParquetFile(path, **options) as reader:
             row = 1 + sum(reader.metadata.row_group(i).num_rows for i in range(part.start))
             groups = range(part.start, part.stop)
             rows = sum(reader.metadata.row_group(i).num_rows for i in groups)
             done = reported = 0
-            for batch in reader.iter_batches(batch_size=256, row_groups=list(groups), columns=[text_field]):
-                for value in batch.column(0).to_pylist():
+            batch_rows = _batch_rows(reader.metadata, groups)
+            columns = {"columns": [text_field], "use_threads": False}  # a worker has one core
+            for batch in reader.iter_batches(batch_size=batch_rows, row_groups=list(groups), **columns):
+                for value in _values(batch.column(0)):
                     for name in text_field.split(".")[1:] if "." in text_field else ():
-                        value = value.get(name) if isinstance(value, dict) else None
+                        value = value.get(name) if isinstance(value, dict) else value
                     result = _checked(value, text_field)
                     yield BadLine(f"{path}:row {row}", result.reason) if isinstance(result, BadLine) else result
                     row += 1
                 done += batch.num_rows
                 progress(part.cost_bytes * done // rows - reported)
                 reported = part.cost_bytes * done // rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged parquet data ({error}); replace or remove it") from None
 
 
-class _open:
-    """A buffered stream of a file's uncompressed bytes, and the raw file under it for its position."""
-
-    def __init__(self, file: InputFile) -> None:
-        self._file = file
-
-    def __enter__(self) -> tuple[BinaryIO, BinaryIO]:
-        self._raw: BinaryIO = open(self._file.path, "rb", buffering=_BLOCK_BYTES)
-        if self._file.compression == "gz":
-            self._stream = cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=self._raw), _BLOCK_BYTES))
-        elif self._file.compression == "zst":
-            self._stream = cast(BinaryIO, io.BufferedReader(_zstd(self._file, self._raw), _BLOCK_BYTES))
-        else:
-            self._stream = self._raw
-        return self._stream, self._raw
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._raw.close()
+def _batch_rows(metadata: Any, groups: range) -> int:
+    """Rows to decode at a time: few where they are long on average, so that memory stays bounded."""
+    rows = sum(metadata.row_group(i).num_rows for i in groups)
+    size = sum(metadata.row_group(i).total_byte_size for i in groups)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
 
 
-class _ZstdStream(io.RawIOBase):
-    """zstandard's reader as a raw stream whose errors, a truncated file among them, name the file."""
-
-    def __init__(self, file: InputFile, raw: BinaryIO, library: Any) -> None:
-        self._file, self._raw, self._library = file, raw, library
-        self._frame: Any = None  # the frame being read, None between frames
-        self._compressed = b""
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._text:
-            self._compressed = self._compressed or self._raw.read(1 << 17)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise InputError(f"{self._file.path}: the zstd data end early; compress it again or remove it")
-                return 0
-            self._decompress()
-        size = min(len(buffer), len(self._text))
-        buffer[:size] = self._text[:size]
-        self._text = self._text[size:]
-        return size
-
-    def _decompress(self) -> None:
-        if self._frame is None:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
-        try:
-            self._text = memoryview(self._frame.decompress(self._compressed))
-        except self._library.ZstdError as error:
-            raise InputError(f"{self._file.path}: damaged zstd data ({error}); compress it again") from None
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed, self._frame = self._frame.unused_data, None
-
-
-def _zstd(file: InputFile, raw: BinaryIO) -> io.RawIOBase:
+def _values(column: Any) -> Iterator[Any]:
+    """The rows of a column as Python objects; a UnicodeDecodeError stands for a row that is not UTF-8."""
     try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{file.path}: .zst files need the library: pip install zstandard") from None
-    return _ZstdStream(file, raw, zstandard)
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for entry in column:
+            try:
+                value = entry.as_py()
+            except UnicodeDecodeError as error:
+                value = error
+            yield value
 
 
 def _without_bom(file: InputFile, content: bytes) -> bytes:
@@ -278,7 +253,7 @@ def _count_newlines(path: str, stop: int) -> int:
     count = 0
     with open(path, "rb") as stream:
         while stop > 0:
-            block = stream.read(min(_BLOCK_BYTES, stop))
+            block = stream.read(min(BLOCK_BYTES, stop))
             if not block:
                 break
             count += block.count(b"\n")

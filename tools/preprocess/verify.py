@@ -14,8 +14,7 @@ def run(options: Namespace) -> int:
     """Check every byte of `options.paths` that can be checked; returns the exit code."""
     for path in options.paths:
         data = open_data(path)
-        size = sum(segment.tokens.nbytes for segment in data.segments)
-        progress = Progress(size, "verify")
+        progress = Progress(data.token_bytes, "verify")
         try:
             if data.kind == "packed_memmap":
                 packed_memmap.verify(path, progress.add)

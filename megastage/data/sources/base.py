@@ -391,4 +391,4 @@ def without_building(options: SourceOptions) -> SourceOptions:
 
 def is_cached(dataset_type: str, path: str) -> bool:
     """Whether opening writes to the node's cache, which one process of the node must do before the others."""
-    return dataset_type == "huggingface" or "://" in path
+    return dataset_type in ("huggingface", "preprocessed") or "://" in path

@@ -9,9 +9,9 @@ import numpy as np
 
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource, check_ends, files_of, map_array
 
-_MAGIC = b"MMIDIDX\0\0"
-_HEADER = struct.Struct("<QBQQ")
-_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<QBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
@@ -25,20 +25,20 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
 
 
 def _open_part(idx: Path) -> Part:
-    header_bytes = len(_MAGIC) + _HEADER.size
+    header_bytes = len(MAGIC) + HEADER.size
     if not idx.is_file():
         raise SourceError(f"{idx}: no such file; a megatron data set is a pair of .bin and .idx")
     with open(idx, "rb") as file:
         head = file.read(header_bytes)
     if len(head) < header_bytes:
         raise SourceError(f"{idx}: {len(head)} bytes, shorter than the header of {header_bytes}; write it again")
-    if not head.startswith(_MAGIC):
-        raise SourceError(f"{idx}: starts with {head[:9]!r}, not {_MAGIC!r}; this is no megatron index")
-    version, code, n_sequences, n_bounds = _HEADER.unpack_from(head, len(_MAGIC))
+    if not head.startswith(MAGIC):
+        raise SourceError(f"{idx}: starts with {head[:9]!r}, not {MAGIC!r}; this is no megatron index")
+    version, code, n_sequences, n_bounds = HEADER.unpack_from(head, len(MAGIC))
     if version != 1:
         raise SourceError(f"{idx}: version {version}, this program reads version 1")
-    if code not in _DTYPES:
-        raise SourceError(f"{idx}: dtype code {code}; tokens must be of code {', '.join(map(str, _DTYPES))} (integers)")
+    if code not in DTYPES:
+        raise SourceError(f"{idx}: dtype code {code}; tokens must be of code {', '.join(map(str, DTYPES))} (integers)")
     size, wanted = idx.stat().st_size, header_bytes + 12 * n_sequences + 8 * n_bounds
     if size != wanted:
         raise SourceError(
@@ -51,14 +51,14 @@ def _open_part(idx: Path) -> Part:
     bounds = map_array(idx, "<i8", offset=header_bytes + 12 * n_sequences, count=n_bounds).astype(np.int64)
     if not n_sequences or int(lengths.min()) < 0:
         raise SourceError(f"{idx}: {'no sequences' if not n_sequences else 'a negative length'}; write it again")
-    tokens = map_array(idx.with_suffix(".bin"), _DTYPES[code])
+    tokens = map_array(idx.with_suffix(".bin"), DTYPES[code])
     ends = np.cumsum(lengths)
     expected = (ends - lengths) * tokens.itemsize
     if not np.array_equal(offsets, expected):
         where = int(np.flatnonzero(offsets != expected)[0])
         raise SourceError(
             f"{idx}: sequence {where} is at byte {int(offsets[where])}, expected {int(expected[where])}"
-            f" (one after the other in {_DTYPES[code]}); damaged, or a dtype code that is wrong"
+            f" (one after the other in {DTYPES[code]}); damaged, or a dtype code that is wrong"
         )
     check_ends(idx, ends, tokens.size, what="sequence end")
     if n_bounds < 2 or bounds[0] != 0:

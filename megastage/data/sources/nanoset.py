@@ -17,7 +17,7 @@ _DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     """Open one `.ds` file or all `*.ds` files of a folder (sorted) as one stream."""
     files = files_of(Path(path), [".ds"], "nanoset")
-    facts = {file: _read_metadata(file) for file in files}
+    facts = {file: read_metadata(file) for file in files}
     names = {name for name, _, _ in facts.values()}
     if len(names) > 1:
         raise SourceError(
@@ -28,7 +28,7 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     return TokenSource(parts, path=path, dataset_type="nanoset", kind="stream", eos_id=options.eos_id)
 
 
-def _read_metadata(file: Path) -> tuple[str, int, int | None]:
+def read_metadata(file: Path) -> tuple[str, int, int | None]:
     """(tokenizer name, bytes a token, token count if recorded)."""
     metadata = file.with_name(file.name + ".metadata")
     try:

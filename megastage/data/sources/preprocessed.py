@@ -9,77 +9,32 @@ documents come from `position_ids` resets, `sequence_lengths` or the end-of-docu
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megastage.data.sources.base import IGNORED, Part, SourceError, SourceOptions, TokenSource
+from megastage.data.sources.columnar import data_files, record_batches
+from megastage.data.sources.decoded import mapped
 
 _COLUMNS = ("input_ids", "inputs", "labels", "position_ids", "sequence_lengths")
 _PROBE_ROWS = 64
 
 
 def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
-    """Open a `save_to_disk` folder or .arrow/.parquet file(s); memory is mapped, not read, for .arrow."""
+    """Open a `save_to_disk` folder or .arrow/.parquet file(s); large ones are mapped, not read."""
     path = Path(path)
-    files = data_files(path)
-    batches = [_columns(file, batch) for file in files for batch in record_batches(file, _COLUMNS) if batch.num_rows]
+    pairs = [(file, mapped(file, _COLUMNS, options)) for file in data_files(path)]
+    batches = [
+        _columns(file, batch) for file, copy in pairs for batch in record_batches(copy, _COLUMNS) if batch.num_rows
+    ]
     if not batches:
         raise SourceError(f"{path}: holds no rows")
     layout = _detect_layout(path, batches, options)
     parts = [_part(batch, layout) for batch in batches]
     return TokenSource(parts, path=path, dataset_type="preprocessed", kind="documents", eos_id=options.eos_id)
-
-
-def data_files(path: Path) -> list[Path]:
-    """The Arrow/Parquet files of a data set in their order: state.json's where there is one, else sorted names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise SourceError(f"{path}: no such file or folder")
-    state = path / "state.json"
-    if state.is_file():
-        try:
-            names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SourceError(f"{state}: not readable ({error!r}); save the data set again") from None
-        files = [path / Path(str(name)).name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise SourceError(f"{state}: lists {missing[0]}, which is missing; copy the whole folder again")
-    else:
-        files = sorted(file for file in path.iterdir() if file.suffix in (".arrow", ".parquet"))
-    if not files:
-        split = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
-        hint = f"it holds the splits {', '.join(split)}: name one of them" if split else "expected *.arrow or *.parquet"
-        raise SourceError(f"{path}: holds no Arrow or Parquet files; {hint}")
-    return files
-
-
-def record_batches(file: Path, columns: tuple[str, ...] | None) -> Iterator[pa.RecordBatch]:
-    """Record batches of one file, only the named columns it has. Raises SourceError for files pyarrow refuses."""
-    try:
-        if file.suffix == ".parquet":
-            table = pq.ParquetFile(file, memory_map=True)
-            names = [name for name in table.schema_arrow.names if columns is None or name in columns]
-            yield from table.iter_batches(batch_size=1 << 16, columns=names)
-            return
-        with pa.memory_map(str(file)) as source:
-            try:
-                reader = pa.ipc.open_stream(source)
-            except pa.ArrowInvalid:
-                # a file (not stream) of Arrow IPC, as other tools write it
-                blocks = pa.ipc.open_file(source)
-                reader = (blocks.get_batch(i) for i in range(blocks.num_record_batches))
-            for batch in reader:
-                yield batch.select([n for n in batch.schema.names if columns is None or n in columns])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{file}: not readable as {file.suffix or 'Arrow'} ({error}); write it again") from error
 
 
 @dataclass(frozen=True)

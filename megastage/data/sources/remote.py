@@ -10,15 +10,15 @@ import hashlib
 import os
 import shutil
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 from megastage.data.sources.base import SourceError, SourceOptions
+from megastage.data.sources.cache import entry
 
 LIMIT_GB = 256.0  # MEGASTAGE_REMOTE_CACHE_GB overrides it
-_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
-_USED = ".used"
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
+_KIND, _USED = "remote", ".used"
 _STARTED = time.time()
 
 
@@ -28,18 +28,16 @@ def fetch(url: str, options: SourceOptions) -> Path:
     Raises SourceError when it cannot be read or does not fit the cache.
     """
     fs, files, root = _files(url)
-    sizes = {name: int(info["size"]) for name, info in files.items()}
+    versions = _versions(files)
+
+    def build(folder: Path) -> None:
+        _make_room(folder.parent, sum(size for size, _ in versions.values()), url)
+        _download(fs, root, versions, folder, url)
+
     digest = hashlib.blake2b(url.encode(), digest_size=16)
-    for name, info in sorted(files.items()):
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-        digest.update(f"{name}\0{sizes[name]}\0{version}\n".encode())
-    cache = options.cache_folder or Path(os.environ.get("MEGASTAGE_CACHE", "~/.cache/megastage")).expanduser()
-    folder = cache / f"remote-{digest.hexdigest()}"
-    if not folder.is_dir():
-        if not options.may_build:
-            raise SourceError(f"{folder}: missing; the first rank of this node fetches {url}, so its cache differs")
-        _make_room(cache, sum(sizes.values()), url)
-        _download(fs, root, list(files), folder, url)
+    for name, (size, version) in versions.items():
+        digest.update(f"{name}\0{size}\0{version}\n".encode())
+    folder = entry(f"{_KIND}-{digest.hexdigest()}", options, build, f"fetches {url}")
     (folder / _USED).touch()
     return folder / root.rsplit("/", 1)[-1]
 
@@ -52,14 +50,25 @@ def _files(url: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
         raise SourceError(f"{url}: needs the package fsspec (and one for its kind, as s3fs or gcsfs)") from None
     try:
         fs, root = fsspec.core.url_to_fs(url)
+        fs.invalidate_cache()  # listings are remembered, also by an earlier call
         root = root.rstrip("/")
         found = fs.find(root, detail=True) or fs.glob(f"{root}.*", detail=True)
         files = {name: info for name, info in found.items() if info.get("type") != "directory"}
     except Exception as error:  # every kind of file system raises its own
-        raise SourceError(f"{url}: cannot be listed ({type(error).__name__}: {error})") from error
+        raise SourceError(
+            f"{url}: cannot be listed ({type(error).__name__}: {error}); check address, credentials and network"
+        ) from error
     if not files:
         raise SourceError(f"{url}: no such file or folder, or it is empty")
     return fs, files, root
+
+
+def _versions(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """(size, version as the file system tells it) by path, in order."""
+    return {
+        name: (int(info["size"]), next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), ""))
+        for name, info in sorted(files.items())
+    }
 
 
 def _make_room(cache: Path, needed: int, url: str) -> None:
@@ -93,25 +102,22 @@ def _last_used(folder: Path) -> float:
         return 0.0
 
 
-def _download(fs: Any, root: str, files: list[str], folder: Path, url: str) -> None:
-    """All files under their names relative to the root's parent; the folder appears whole or not at all."""
-    building = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+def _download(fs: Any, root: str, versions: dict[str, tuple[int, str]], folder: Path, url: str) -> None:
+    """All files into `folder`, under their names relative to the root's parent."""
     parent = root.rsplit("/", 1)[0] + "/" if "/" in root else ""
-    try:
-        for name in files:
-            relative = name.removeprefix(parent)
-            if ".." in Path(relative).parts or Path(relative).is_absolute():
-                raise SourceError(f"{url}: its file {name!r} lies outside of it")
-            target = building / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
+    for name, (size, _) in versions.items():
+        relative = name.removeprefix(parent)
+        if ".." in Path(relative).parts or Path(relative).is_absolute():
+            raise SourceError(f"{url}: its file {name!r} lies outside of it")
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
             fs.get_file(name, str(target))
-            if target.stat().st_size != int(fs.size(name)):
-                raise SourceError(f"{url}: {name} came incomplete; try again")
-        os.rename(building, folder)
-    except Exception as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if folder.is_dir():
-            return  # another process was faster
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error
+        except Exception as error:  # every kind of file system raises its own
+            raise SourceError(
+                f"{url}: {name} cannot be fetched ({type(error).__name__}: {error}); try again"
+            ) from error
+        if target.stat().st_size != size:
+            raise SourceError(f"{url}: {name} came with {target.stat().st_size} bytes of {size}; try again")
+    if _versions(_files(url)[1]) != versions:
+        raise SourceError(f"{url}: its files changed while they were being fetched; leave them alone and try again")

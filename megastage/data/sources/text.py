@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
+from megastage.data import decompress
 from megastage.data.sources.base import SourceError
-from megastage.data.sources.preprocessed import data_files, record_batches
+from megastage.data.sources.columnar import column_names, data_files, record_batches
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_LINES, ".txt", ".parquet", ".arrow")
@@ -64,10 +66,10 @@ def documents(files: list[Path], field: str) -> Iterator[str]:
         if suffix in (".parquet", ".arrow"):
             yield from _columnar(file, field)
         elif suffix == ".txt":
-            with _opened(file) as stream:
+            with _opened(file) as (stream, _):
                 yield _decode(file, stream.read(), "")
         elif suffix == ".json" and _is_array(file):
-            with _opened(file) as stream:
+            with _opened(file) as (stream, _):
                 yield from _objects(file, _parse(file, stream.read(), ""), field)
         else:
             yield from _lines(file, field)
@@ -82,32 +84,21 @@ def _suffix(file: Path) -> str | None:
     return None
 
 
-def _opened(file: Path) -> BinaryIO:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise SourceError(f"{file}: needs the package zstandard; `pip install zstandard`") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
-    return open(file, "rb")
+def _opened(file: Path) -> AbstractContextManager[tuple[BinaryIO, BinaryIO]]:
+    compression = file.suffix[1:].lower() if file.suffix.lower() in _PACKINGS else ""
+    return decompress.opened(file, compression, SourceError)
 
 
 def _is_array(file: Path) -> bool:
-    with _opened(file) as stream:
+    with _opened(file) as (stream, _):
         return stream.read(_PROBE_BYTES).lstrip()[:1] == b"["
 
 
 def _lines(file: Path, field: str) -> Iterator[str]:
-    number = 0
-    try:
-        with _opened(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield from _objects(file, [_parse(file, line, f", line {number}")], field, f", line {number}")
-    except (OSError, EOFError) as error:
-        raise SourceError(f"{file}, behind line {number}: cannot be unpacked ({error}); copy it again") from error
+    with _opened(file) as (stream, _):
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield from _objects(file, [_parse(file, line, f", line {number}")], field, f", line {number}")
 
 
 def _parse(file: Path, content: bytes, where: str) -> Any:
@@ -136,10 +127,16 @@ def _objects(file: Path, entries: Any, field: str, where: str = "") -> Iterator[
 
 
 def _columnar(file: Path, field: str) -> Iterator[str]:
-    for batch in record_batches(file, None):
-        if field not in batch.schema.names:
-            raise SourceError(f"{file}: no column {field!r} (found {batch.schema.names}); name the text field")
-        for entry in batch.column(field):
+    names = column_names(file)
+    if field not in names:
+        raise SourceError(f"{file}: no column {field!r} (found {names}); name the text field")
+    for batch in record_batches(file, (field,)):
+        column = batch.column(0)
+        try:
+            column.validate(full=True)  # damaged row offsets would read beyond the file
+        except pa.ArrowException as error:
+            raise SourceError(f"{file}: column {field!r} is damaged ({error}); write the file again") from None
+        for entry in column:
             value = entry.as_py()
             if not isinstance(value, str):
                 raise SourceError(f"{file}: column {field!r} holds {type(value).__name__}, expected text")

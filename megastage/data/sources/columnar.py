@@ -1,0 +1,108 @@
+"""Arrow and Parquet files as record batches, by pyarrow alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megastage.data.sources.base import SourceError
+
+_BATCH_ROWS, _BATCH_BYTES = 1 << 16, 16 << 20
+_BUFFER_BYTES = 1 << 20
+
+
+def data_files(path: Path) -> list[Path]:
+    """The Arrow/Parquet files of a data set in their order: state.json's where there is one, else sorted names."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise SourceError(f"{path}: no such file or folder")
+    state = path / "state.json"
+    if state.is_file():
+        try:
+            names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SourceError(f"{state}: not readable ({error!r}); save the data set again") from None
+        files = [path / Path(str(name)).name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise SourceError(f"{state}: lists {missing[0]}, which is missing; copy the whole folder again")
+    else:
+        files = sorted(file for file in path.iterdir() if file.suffix in (".arrow", ".parquet"))
+    if not files:
+        split = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        hint = f"it holds the splits {', '.join(split)}: name one of them" if split else "expected *.arrow or *.parquet"
+        raise SourceError(f"{path}: holds no Arrow or Parquet files; {hint}")
+    return files
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a file. Raises SourceError for files pyarrow refuses."""
+    if file.suffix == ".parquet":
+        with _errors_named(file):
+            return list(pq.read_schema(file).names)
+    with _errors_named(file), pa.memory_map(str(file)) as source:
+        return list(_ipc_reader(source).schema.names)
+
+
+def record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """Record batches of one file, only the named columns it has: views of a map, or decoded some 16 MB at a time.
+
+    Raises SourceError for files pyarrow refuses.
+    """
+    if file.suffix == ".parquet":
+        yield from _parquet_batches(file, columns)
+        return
+    with _errors_named(file), pa.memory_map(str(file)) as source:
+        reader = _ipc_reader(source)
+        names = [name for name in reader.schema.names if name in columns]
+        if isinstance(reader, pa.RecordBatchFileReader):
+            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = reader
+        for batch in batches:
+            yield batch.select(names)
+
+
+def _ipc_reader(source: Any) -> Any:
+    """A reader of the stream or, as other tools write it, the file format of Arrow IPC."""
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source)
+
+
+def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    with (
+        _errors_named(file),
+        pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
+    ):
+        names = [name for name in table.schema_arrow.names if name in columns]
+        row_bytes = encoded_bytes(table.metadata) // max(1, table.metadata.num_rows)
+        rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+        # no threads: after an error in one column they would go on reading another from a file that is closed
+        yield from table.iter_batches(batch_size=rows, columns=names, use_threads=False)
+
+
+def encoded_bytes(metadata: Any) -> int:
+    """The size of a Parquet file's rows before compression, by its own account.
+
+    Summed over row groups: in damaged files pyarrow ends the process when asked for the metadata of a column's chunk.
+    """
+    return sum(max(0, metadata.row_group(i).total_byte_size) for i in range(metadata.num_row_groups))
+
+
+@contextmanager
+def _errors_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except SourceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{file}: not readable as {file.suffix or 'Arrow'} ({error}); write it again") from error
