@@ -61,7 +61,10 @@ class Source:
         return () if own else settings.exclude_from_loading
 
     def train_state(self, pinned: dict[str, Any]) -> TrainState | None:
-        """The train state to go on from, or None. Raises ValueError when it is of another model, tokenizer or seed."""
+        """The train state to go on from, or None.
+
+        Raises ValueError when it is of another model, tokenizer or seed, or where a first checkpoint is to be made.
+        """
         path = self.cfg.checkpoint.initial_load_path
         if self.own_step is not None:
             assert self.manager is not None
@@ -76,6 +79,11 @@ class Source:
         problems = frozen_problems({k: v for k, v in state.pinned.items() if not (fresh and k == "debug.seed")}, pinned)
         if problems:
             raise ValueError(f"{where} does not fit:\n  - " + "\n  - ".join(problems))
+        if self.cfg.checkpoint.create_seed_checkpoint:
+            raise ValueError(
+                "checkpoint.create_seed_checkpoint = true: there is a checkpoint to go on from already; "
+                "use another checkpoint.folder, or leave it out"
+            )
         return state
 
     def load(self, model: build.Model, optimizer: Optimizer) -> TrainState | None:

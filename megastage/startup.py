@@ -75,11 +75,6 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     model = build.build_model(cfg, model_cfg, mesh, rt.device)
     optimizer = make_optimizer(cfg, model, optimizer_kernel(cfg, model, mesh, seed, rt.device))
     if saved is not None:
-        if cfg.checkpoint.create_seed_checkpoint:
-            raise ValueError(
-                "checkpoint.create_seed_checkpoint = true: there is a checkpoint to go on from already; "
-                "use another checkpoint.folder, or leave it out"
-            )
         expected, saved = saved, source.load(model, optimizer)
         if saved is None or saved.step != expected.step:  # its bytes were damaged, an older one was loaded
             base_batch, stages = resume.settle(cfg, layout, seed, None if fresh else saved)
@@ -97,8 +92,7 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     if step < cfg.training.steps:
         export.refuse_existing(cfg, rt)
     pinned["debug.seed"] = seed
-    if source.own_step is not None and not cfg.checkpoint.load_only:
-        assert checkpoints is not None
+    if checkpoints is not None and source.own_step is not None and not cfg.checkpoint.load_only:
         checkpoints.supersede_later(step)
     return Parts(
         mesh,

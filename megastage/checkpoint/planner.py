@@ -77,7 +77,7 @@ def _write_item(key: str, value: Tensor) -> WriteItem:
 
 def _chunk(value: Tensor) -> ChunkStorageMetadata:
     """The box of the global tensor that this rank holds."""
-    window = local_window(value) if isinstance(value, DTensor) else tuple(slice(0, length) for length in value.shape)
+    window = local_window(value)
     return ChunkStorageMetadata(
         torch.Size([cut.start for cut in window]), torch.Size([cut.stop - cut.start for cut in window])
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from megastage.data.doc_rule import HasRule
 
-class DataStage(Protocol):
+
+class DataStage(HasRule, Protocol):
     """What the data engine needs to know of a stage (`megastage.stages.Stage` has it)."""
 
     @property
@@ -37,9 +39,3 @@ class DataStage(Protocol):
     def global_batch_size(self) -> int: ...
     @property
     def document_mask(self) -> bool: ...
-    @property
-    def min_doc_len(self) -> int: ...
-    @property
-    def long_doc_len(self) -> int: ...
-    @property
-    def long_doc_share(self) -> float | None: ...

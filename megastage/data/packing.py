@@ -99,13 +99,17 @@ class PackedOrder:
         """With a block size for these lengths and rules, or that of saved `settings`."""
         n_documents = int(doc_ends.size)
         n_tokens = int(doc_ends[-1]) if n_documents else 0
+        surveys: dict[DocRule, Survey] = {}
         if settings is None:
-            passing = min((Survey.make(doc_ends, rule).fewest(rule) for rule in set(rules)), default=None)
+            surveys = {rule: Survey.make(doc_ends, rule) for rule in set(rules)}
+            passing = min((survey.fewest(rule) for rule, survey in surveys.items()), default=None)
             block = choose_block(lengths, n_documents, n_tokens, passing)
         else:
             saved(name, settings, "packed", n_documents=n_documents, n_tokens=n_tokens, seed=seed)
             block = settings["block_documents"]
-        return cls(doc_ends, block_documents=block, seed=seed, fingerprint=fingerprint, name=name)
+        order = cls(doc_ends, block_documents=block, seed=seed, fingerprint=fingerprint, name=name)
+        order._surveys = surveys  # each has read all ends once
+        return order
 
     def settings(self) -> dict[str, Any]:
         return {

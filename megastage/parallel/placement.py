@@ -12,13 +12,15 @@ from megastage.model.config import ModelConfig
 from megastage.model.init import init_plan, init_rows
 
 
-def local_window(tensor: DTensor) -> tuple[slice, ...]:
-    """The slices of the global tensor that this rank holds (they may be empty).
+def local_window(tensor: Tensor) -> tuple[slice, ...]:
+    """The slices of the global tensor that this rank holds (they may be empty); all of a plain tensor.
 
     Every layout here keeps one contiguous window per rank: tensor parallelism cuts first, FSDP cuts rows within it,
     both into equal pieces but for the last ones. Torch's own account (`compute_local_shape_and_global_offset`) cuts in
     the other order, and is off where rows divide unevenly over three or more FSDP ranks.
     """
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, length) for length in tensor.shape)
     window = [(0, length) for length in tensor.shape]
     for mesh_dim in sorted(range(tensor.device_mesh.ndim), key=lambda i: _cuts_late(tensor.placements[i])):
         dim = _cut_dim(tensor.placements[mesh_dim])
@@ -58,10 +60,10 @@ def initialise(module: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill the parameters of a materialised part with the values that `seed` gives them on every layout."""
     for name, parameter in module.named_parameters():
         kind, std = init_plan(cfg, name)
-        window = local_window(parameter) if isinstance(parameter, DTensor) else tuple(map(slice, parameter.shape))
+        window = local_window(parameter)
         local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if local.numel() == 0:
             continue
-        rows = init_rows(name, tuple(parameter.shape), (kind, std), seed, window[0].start or 0, window[0].stop)
+        rows = init_rows(name, tuple(parameter.shape), (kind, std), seed, window[0].start, window[0].stop)
         mine = (slice(None), *window[1:])
         local.copy_(rows[mine])

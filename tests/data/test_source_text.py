@@ -11,7 +11,8 @@ import pytest
 from source_files import write_saved_dataset
 
 from megastage.data.packed_memmap import verify
-from megastage.data.sources import huggingface, sample_text, text
+from megastage.data.sources import cache as build_cache
+from megastage.data.sources import sample_text, text
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 
 TEXTS = ["A first text.", "Zweiter Text: äöü €.", "third", "", "the\nlast one"]
@@ -123,7 +124,7 @@ def test_what_killed_builds_left_is_removed_and_what_others_build_is_not(tmp_pat
     cache = tmp_path / "cache"
     ended = subprocess.Popen(["true"])
     ended.wait()
-    here = huggingface._here()
+    here = build_cache._host()
     names = {
         f"..text-aa-{here}-{ended.pid}-12345678.partial": False,
         f".text-aa-{here}-{os.getpid()}-12345678": True,
@@ -135,7 +136,7 @@ def test_what_killed_builds_left_is_removed_and_what_others_build_is_not(tmp_pat
     for name in names:
         (cache / name).mkdir(parents=True)
         (cache / name / "tokens.bin").write_bytes(b"1")
-    old = time.time() - 2 * huggingface._ABANDONED_S
+    old = time.time() - 2 * build_cache._ABANDONED_S
     for path in (cache / "..text-aa-elsewhere-2-12345678.partial").rglob("*"):
         os.utime(path, (old, old))
     os.utime(cache / "..text-aa-elsewhere-2-12345678.partial", (old, old))

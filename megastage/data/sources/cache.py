@@ -46,8 +46,11 @@ def entry(name: str, options: SourceOptions, build: Callable[[Path], None], what
 
 
 def clear_abandoned(cache: Path, kind: str) -> None:
-    """Remove builds `.KIND-KEY-HOST-PID-RANDOM` whose process is gone from this machine, or still for a day."""
-    for folder in cache.glob(f".{kind}-*"):
+    """Remove builds `.KIND-KEY-HOST-PID-RANDOM` whose process is gone from this machine, or still for a day.
+
+    And what such a build has staged beside it, under the name `..KIND-KEY-HOST-PID-RANDOM.partial`.
+    """
+    for folder in (*cache.glob(f".{kind}-*"), *cache.glob(f"..{kind}-*")):
         *_, host, pid, _ = ["", "", *folder.name.split("-")]
         if host == _host() and pid.isdigit():
             gone = not _is_running(int(pid))

@@ -6,12 +6,6 @@ The cache key is the text's content and the tokenizer; a folder appears there wh
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import shutil
-import socket
-import time
-import uuid
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from megastage.data.packed_memmap import METADATA, PackedMemmapWriter, TokenizerFacts, open_packed_memmap, token_dtype
+from megastage.data.packed_memmap import PackedMemmapWriter, TokenizerFacts, open_packed_memmap, token_dtype
 from megastage.data.sources import sample_text, text
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource
+from megastage.data.sources.cache import entry
 
 _BATCH_DOCUMENTS = 512
-_ABANDONED_S = 86_400.0
 _HUB_NAMES = {"c4": ("allenai/c4", "en")}
 
 
@@ -40,13 +34,11 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     key, documents = _documents(str(path), options)
     digest = hashlib.blake2b(key, digest_size=16)
     digest.update(f"{tokenizer.sha256} {tokenizer.eos_id} {options.text_field}".encode())
-    cache = options.cache_folder or Path(os.environ.get("MEGASTAGE_CACHE", "~/.cache/megastage")).expanduser()
-    folder = cache / f"text-{digest.hexdigest()}"
-    if not (folder / METADATA).exists():
-        if not options.may_build:
-            raise SourceError(f"{folder}: missing; the first rank of this node writes it, so its cache folder differs")
+
+    def build(folder: Path) -> None:
         _build(folder, documents, tokenizer, str(path))
-    data = open_packed_memmap(folder)
+
+    data = open_packed_memmap(entry(f"text-{digest.hexdigest()}", options, build, "writes it"))
     return TokenSource(
         [Part(data.tokens, doc_ends=data.doc_ends)],
         path=path,
@@ -103,60 +95,14 @@ def _from_hub(name: str, options: SourceOptions) -> tuple[bytes, Iterator[str]]:
 
 
 def _build(folder: Path, documents: Iterable[str], tokenizer: Any, path: str) -> None:
-    """Tokenize into a folder of this process's own, then rename: several builders cannot disturb each other."""
-    _clean(folder.parent)
-    building = folder.with_name(f".{folder.name}-{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     facts = TokenizerFacts(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
     end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
     stream = iter(documents)
-    try:
-        writer = PackedMemmapWriter(
-            building, token_dtype(tokenizer.vocab_size), eos_id=tokenizer.eos_id, tokenizer=facts
-        )
-        with writer:
-            while texts := list(islice(stream, _BATCH_DOCUMENTS)):
-                encoded = [np.concatenate([ids, *end]) for ids in tokenizer.encode_batch(texts)]
-                writer.extend(np.concatenate(encoded), [len(ids) for ids in encoded])
-            if not writer.n_tokens:
-                raise SourceError(f"{path}: its text gives no tokens")
-        os.rename(building, folder)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, OSError) and (folder / METADATA).exists():
-            return  # another node of a shared file system was faster, with the same bytes
-        raise
-
-
-def _here() -> str:
-    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
-
-
-def _clean(cache: Path) -> None:
-    """Remove what killed builds left: their process is gone from this machine, or nothing was written for a day."""
-    for folder in cache.glob(".*text-*"):
-        # .text-KEY-HOST-PID-RANDOM, while it is written ..text-KEY-HOST-PID-RANDOM.partial
-        _, _, host, pid, *_ = [*folder.name.lstrip(".").split("-"), "", "", ""]
-        if host == _here() and pid.isdigit():
-            dead = not _is_running(int(pid))
-        else:
-            dead = _idle_s(folder) > _ABANDONED_S
-        if dead:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _idle_s(folder: Path) -> float:
-    """Seconds since anything in the folder was written; 0 when it has just gone."""
-    try:
-        return time.time() - max(entry.stat().st_mtime for entry in (folder, *folder.iterdir()))
-    except OSError:
-        return 0.0
+    with PackedMemmapWriter(
+        folder, token_dtype(tokenizer.vocab_size), eos_id=tokenizer.eos_id, tokenizer=facts
+    ) as writer:
+        while texts := list(islice(stream, _BATCH_DOCUMENTS)):
+            encoded = [np.concatenate([ids, *end]) for ids in tokenizer.encode_batch(texts)]
+            writer.extend(np.concatenate(encoded), [len(ids) for ids in encoded])
+        if not writer.n_tokens:
+            raise SourceError(f"{path}: its text gives no tokens")

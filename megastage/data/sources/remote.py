@@ -79,7 +79,7 @@ def _make_room(cache: Path, needed: int, url: str) -> None:
             f"{url}: {needed / 1e9:.2f} GB do not fit the cache of {limit / 1e9:.2f} GB; raise "
             "MEGASTAGE_REMOTE_CACHE_GB, or copy it to a local folder"
         )
-    kept = sorted(cache.glob("remote-*"), key=_last_used)
+    kept = sorted(cache.glob(f"{_KIND}-*"), key=_last_used)
     sizes = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in kept}
     for folder in kept:
         if sum(sizes.values()) + needed <= limit:
