@@ -41,7 +41,7 @@ class JsonLines:
 def _keep_until(path: Path, done_steps: int) -> None:
     """Rewrite the file without records beyond `done_steps`, and without a last line cut off by a kill."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -57,7 +57,6 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
 
     Raises ValueError (on every rank) for input that can't be used.
     """
-    runtime.set_deterministic(cfg.debug.deterministic, cfg.debug.deterministic_warn_only)
     runtime.make_writable(cfg.job.dump_folder, "job.dump_folder", rt.is_main)
     layout = resolve_layout(cfg, rt.world_size)
     tokenizer = open_tokenizer(cfg)

@@ -266,6 +266,7 @@ class CheckpointManager:
                     "training goes on from step %d: step-%d is now %s", self._resumed_from, later, target.name
                 )
             self._resumed_from = None
+            folders.repoint_latest(self.root)
 
     def _prune(self, step: int) -> None:
         try:
@@ -303,6 +304,7 @@ class CheckpointManager:
 
     def _set_bad(self, step: int, reason: BaseException) -> None:
         target = folders.set_aside(self.root, step, "bad")
+        folders.repoint_latest(self.root)
         logger.error("checkpoint step-%d is damaged and now named %s: %s", step, target.name, reason)
 
     def _refuse_if_all_bad(self) -> None:

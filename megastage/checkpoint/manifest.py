@@ -7,11 +7,13 @@ carries the SHA-256 of all bytes before it, so a manifest is either exactly what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -176,10 +178,18 @@ def read_bytes(path: Path) -> bytes:
 
 
 def open_confined(path: Path) -> Any:
-    """Open a regular file for reading, never through a symbolic link (which could lead out of the folder)."""
-    if path.is_symlink():
-        raise BadCheckpoint(f"{path}: a symbolic link, a regular file was expected", file=str(path))
-    return open(path, "rb", buffering=0)
+    """Open a regular file for reading: no symbolic link, which could lead out of the folder, and no pipe, which would
+    keep the reader waiting."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise BadCheckpoint(f"{path}: a symbolic link, a regular file was expected", file=str(path)) from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise BadCheckpoint(f"{path}: not a regular file", file=str(path))
+    return os.fdopen(file, "rb", buffering=0)
 
 
 def _check(manifest: Manifest) -> None:

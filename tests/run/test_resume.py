@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from training import TINY, layout_flags, records, train, write_nanoset
+
+from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -168,6 +171,32 @@ def test_two_runs_do_not_share_a_checkpoint_folder(uncut, config, tmp_path, capf
             train(1, _argv(config, out))
     assert "in use by another run" in capfd.readouterr().err
     assert train(1, _argv(config, out))[-1]["step"] == 8
+
+
+def _signalled(argv: list[str], step: int, rank: int) -> int:
+    """Exit code of a run in which one rank is told to stop during the update after `step`."""
+    import pretrain
+    from megastage import trainer
+
+    plain = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> Any:
+        if (self.step, self.runtime.rank) == (step, rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self)
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
+    return pretrain.main(argv)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_signal_to_one_rank_stops_all_after_a_save(mode, uncut, config, tmp_path):
+    argv = _argv(config, tmp_path, {"dp": 2}, "--checkpoint.interval", "100", "--checkpoint.async_mode", mode)
+    assert run_ranks(2, _signalled, argv, 2, 1) == [0, 0]
+    assert [path.name for path in (tmp_path / "checkpoint").glob("step-*")] == ["step-3"]
+    run, full = train(2, argv), records(["--job.dump_folder", str(uncut["one"])])
+    assert [(r["step"], r["sample_digest"]) for r in run] == [(r["step"], r["sample_digest"]) for r in full]
+    assert [r["loss"] for r in run] == pytest.approx([r["loss"] for r in full], rel=1e-5)
 
 
 def _worker(launcher: int) -> int:
