@@ -37,7 +37,7 @@ def apply(trainer: Trainer, stage: Stage) -> None:
 def connect(trainer: Trainer) -> None:
     """One small collective on every group that the stage's updates use: the first may be slow to connect, and shall
     not be so inside a timed update, or between the messages of a pipeline."""
-    groups = [trainer.mesh.group(name) for name in ("data", "rep", "shard", "tp", "pp")]
+    groups = [dist.group.WORLD, *(trainer.mesh.group(name) for name in ("data", "rep", "shard", "tp", "pp"))]
     groups += [group for group in (trainer.context.group, trainer.model.tied.group) if group is not None]
     warm = torch.zeros(1, device=trainer.runtime.device)
     for group in groups:

@@ -172,7 +172,7 @@ def _connected() -> tuple[set[str], set[str]]:
     connected: set[str] = set()
     boundary.dist.all_reduce = lambda _value, group: connected.add(group.group_name)
     boundary.connect(SimpleNamespace(mesh=mesh, runtime=rt, context=context, model=SimpleNamespace(tied=tied)))
-    used = [*mesh.root.get_all_groups(), mesh.data.get_group(), context.group, tied.group]
+    used = [dist.group.WORLD, *mesh.root.get_all_groups(), mesh.data.get_group(), context.group, tied.group]
     return connected, {group.group_name for group in used if group is not None}
 
 
