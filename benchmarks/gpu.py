@@ -138,7 +138,8 @@ def reason(error: Exception) -> str:
 
 
 def measure(case: Case, way: str, device: torch.device) -> dict[str, Any]:
-    """One row of the results: forward and forward + backward in ms, rates, peak memory; or why it did not run."""
+    """One row of the results: forward and forward + backward in ms, rates, peak memory (0.25 GiB of it to flush the
+    cache); or why it did not run."""
     row: dict[str, Any] = {"op": case.op, "length": case.length, "way": way}
     if device.type == "cuda":
         torch.cuda.empty_cache()

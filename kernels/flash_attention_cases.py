@@ -44,6 +44,7 @@ def _other_cases() -> Iterator[GateCase]:
         yield case(f"bf16 D{D} one token", D=D, tokens=1)
         yield case(f"bf16 D{D} fused", D=D, layout="fused")
         yield case(f"bf16 D{D} heads first", D=D, layout="heads first")
+        yield case(f"bf16 D{D} far apart", D=D, layout="far apart")
     yield case("bf16 D72", D=72)  # head offsets that are no multiple of 16 elements
     yield case("bf16 D100", D=100)  # rows that no descriptor and no wide load can read
     yield case("bf16 D128 softcap", D=128, softcap=30.0)
@@ -73,7 +74,11 @@ def run(
 
 def _draw(tokens: int, D: int, heads: str, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     H, K = HEADS[heads]
-    if layout == "heads first":
+    if layout == "far apart":  # 64-bit strides from one batch element to the next, in memory that is never touched
+        rows = 2**31 // (H * D) + tokens
+        far = torch.empty(2 * rows * H * D, dtype=dtype)
+        q, k, v = (far.as_strided((2, tokens, n, D), (rows * H * D, H * D, D, 1)) for n in (H, K, K))
+    elif layout == "heads first":
         q, k, v = (torch.zeros(1, n, tokens, D, dtype=dtype).transpose(1, 2) for n in (H, K, K))
     else:
         q, k, v = torch.zeros(1, tokens, H + 2 * K, D, dtype=dtype).split((H, K, K), 2)
