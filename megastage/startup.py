@@ -210,10 +210,10 @@ def open_sinks(cfg: Config, rt: Runtime, done_steps: int) -> list[Sink]:
     """Where metrics go: metrics.jsonl on rank 0, and what [metrics] asks for on top."""
     folder = Path(cfg.job.dump_folder)
     sinks: list[Sink] = []
-    if rt.is_main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", done_steps))
-    elif cfg.metrics.save_for_all_ranks:
-        sinks.append(JsonLines(folder / f"metrics-rank{rt.rank}.jsonl", done_steps))
+    if rt.is_main or cfg.metrics.save_for_all_ranks:
+        name = "metrics.jsonl" if rt.is_main else f"metrics-rank{rt.rank}.jsonl"
+        rewound = cfg.checkpoint.load_step >= 0 and rt.restarts == 0
+        sinks.append(JsonLines(folder / name, done_steps, rewound=rewound))
     if rt.is_main or cfg.metrics.save_for_all_ranks:
         if cfg.metrics.enable_tensorboard:
             mine = "" if rt.is_main else f"rank{rt.rank}"
