@@ -180,7 +180,10 @@ def test_model_only_is_for_new_runs_and_never_costs_the_resumable_one(tmp_path: 
     load_initial(tmp_path / "a" / "step-1", full, model_only=False)
     assert torch.equal(full["optimizer.exp_avg.w"], state_at(1)["optimizer.exp_avg.w"])
     assert load_initial(tmp_path / "a", out) == {"step": 2}
-    with pytest.raises(ValueError, match="neither a checkpoint"):
+    with pytest.raises(ValueError, match=r'checkpoint.initial_load_path = ".*": neither a checkpoint .* checkpoints$'):
+        load_initial(tmp_path, out)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="set initial_load_in_hf = true"):
         load_initial(tmp_path, out)
 
 
