@@ -113,8 +113,8 @@ def _choose(path: str | Path, ranks: Ranks) -> Path:
                 "; set initial_load_in_hf = true for a Hugging Face folder" if (root / "config.json").exists() else ""
             )
             error = ValueError(
-                f'checkpoint.initial_load_path = "{root}": neither a checkpoint (no {MANIFEST}) nor a folder with step-N '
-                f"checkpoints{hint}"
+                f'checkpoint.initial_load_path = "{root}": neither a checkpoint (no {MANIFEST}) nor a folder with '
+                f"step-N checkpoints{hint}"
             )
     ranks.agree(error)
     return Path(ranks.broadcast(chosen))
