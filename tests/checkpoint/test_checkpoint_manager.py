@@ -241,6 +241,20 @@ def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path: Path, monkeypatch
     CheckpointManager(tmp_path, hold=True).close()
 
 
+def test_load_only_reads_from_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(CheckpointManager(tmp_path), 1, 2)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    for module, name in ((Path, "touch"), (Path, "mkdir"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(module, name, refuse)
+    assert loaded(CheckpointManager(tmp_path, load_only=True)) == 2
+    assert loaded(CheckpointManager(tmp_path / "absent", load_only=True)) is None
+
+
 def test_load_only_stops_at_damage_and_renames_nothing(tmp_path: Path) -> None:
     fill(CheckpointManager(tmp_path), 1, 2)
     (tmp_path / "step-2" / "train_state.json").write_text("{}")
