@@ -72,7 +72,7 @@ def complete_steps(root: Path) -> list[int]:
 def aside(root: Path, why: str = "superseded|bad") -> list[Path]:
     """Folders set aside, oldest first."""
     found = []
-    for entry in os.scandir(root):
+    for entry in os.scandir(root) if root.is_dir() else ():
         match = ASIDE.fullmatch(entry.name)
         if match and match[2] in why.split("|"):
             found.append((entry.stat().st_ctime_ns, int(match[1]), int(match[3]), root / entry.name))

@@ -192,6 +192,11 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             'checkpoint.exclude_from_loading: "train_state": the position in the data belongs to the step; '
             'exclude "dataloader" too'
         )
+    if table.exclude_from_loading and table.initial_load_path is not None and table.initial_load_model_only:
+        problems.append(
+            "checkpoint.exclude_from_loading: nothing but the model is loaded from initial_load_path, and a restarted "
+            "run loads all of its own; take it out, or set initial_load_model_only = false"
+        )
     if not table.initial_load_model_only and (table.initial_load_path is None or table.initial_load_in_hf):
         why = "Hugging Face weights are a model alone" if table.initial_load_in_hf else "needs initial_load_path"
         problems.append(f"checkpoint.initial_load_model_only = false: {why}")

@@ -180,7 +180,10 @@ def test_model_only_is_for_new_runs_and_never_costs_the_resumable_one(tmp_path: 
     load_initial(tmp_path / "a" / "step-1", full, model_only=False)
     assert torch.equal(full["optimizer.exp_avg.w"], state_at(1)["optimizer.exp_avg.w"])
     assert load_initial(tmp_path / "a", out) == {"step": 2}
-    with pytest.raises(ValueError, match="neither a checkpoint"):
+    with pytest.raises(ValueError, match=r'checkpoint.initial_load_path = ".*": neither a checkpoint .* checkpoints$'):
+        load_initial(tmp_path, out)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="set initial_load_in_hf = true"):
         load_initial(tmp_path, out)
 
 
@@ -236,6 +239,20 @@ def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path: Path, monkeypatch
     assert (tmp_path / "step-3.tmp").is_dir()
     first.close()
     CheckpointManager(tmp_path, hold=True).close()
+
+
+def test_load_only_reads_from_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(CheckpointManager(tmp_path), 1, 2)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    for module, name in ((Path, "touch"), (Path, "mkdir"), (os, "rename"), (os, "replace")):
+        monkeypatch.setattr(module, name, refuse)
+    assert loaded(CheckpointManager(tmp_path, load_only=True)) == 2
+    assert loaded(CheckpointManager(tmp_path / "absent", load_only=True)) is None
 
 
 def test_load_only_stops_at_damage_and_renames_nothing(tmp_path: Path) -> None:

@@ -212,6 +212,10 @@ def test_estimates_follow_the_stage_and_the_precisions():
         (["--checkpoint.enable", "--checkpoint.export_dtype", "bfloat16"], "nothing is exported"),
         (["--checkpoint.exclude_from_loading", '["lr_scheduler"]'], "function of the step"),
         (["--checkpoint.exclude_from_loading", '["train_state"]'], "initial_load_path"),
+        (
+            ["--checkpoint.exclude_from_loading", '["optimizer"]', "--checkpoint.initial_load_path", "elsewhere"],
+            "nothing but the model is loaded from initial_load_path",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_errors(flags, message):
