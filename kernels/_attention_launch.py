@@ -35,7 +35,7 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = (_rows(x) for x in (q, k, v))
     tiles = _tiles("forward", q, (k, v), geometry.softcap > 0)
-    shared = _shared(geometry, D, tiles, q.dtype)
+    shared = _shared(geometry, q, tiles)
     with _device(q):
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         attention_forward_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
@@ -64,22 +64,23 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (T, S, H, H // K, geometry.scale, geometry.softcap)
     with _device(q):
+        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
-            out, dout, lse, None if dlse is None else dlse.float().contiguous(), lse2, delta,
-            *out.stride()[:3], *dout.stride()[:3], T, H,
+            out, dout, lse, None if dlse is None else dlse.float().contiguous(), lse2, delta, low, high,
+            *out.stride()[:3], *dout.stride()[:3], stride_bounds, T, H,
             D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
+            LONE=sink is None and q.dtype == torch.float32,
         )  # fmt: skip
         tiles = _tiles("dq", q, (k, v), geometry.softcap > 0)
-        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
             *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
-            *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
+            *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, q, tiles),
         )  # fmt: skip
         tiles = _tiles("dkv", q, (q, dout), geometry.softcap > 0)
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
         backward_kernels.attention_dkv_kernel[(triton.cdiv(S, tiles.block_n) * B * K,)](
             *_descriptors((q, dout), tiles.block_m, tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
-            *strides, *dk.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
+            *strides, *dk.stride()[:3], stride_bounds, *sizes, **_shared(geometry, q, tiles),
         )  # fmt: skip
     if sink is not None:
         dsink = sink_gradient(lse, delta, sink).to(sink.dtype)
@@ -118,9 +119,10 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def _shared(geometry: Geometry, D: int, tiles: tuning.Tiles, dtype: torch.dtype) -> dict:
+def _shared(geometry: Geometry, q: Tensor, tiles: tuning.Tiles) -> dict:
     """Compile-time arguments and launch options that the three main kernels have in common."""
-    precision = tuning.precision("gfx942" if torch.version.hip else "", dtype == torch.float32)
+    D = q.shape[3]
+    precision = tuning.precision(tuning.architecture(q.device.type, q.device.index), q.dtype == torch.float32)
     return {
         "D": D, "BLOCK_D": padded(D), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CUT": tiles.cut,
         "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": precision,

@@ -69,7 +69,7 @@ def _main(kernel: str, arch: str, dtype: str, D: int, softcap: bool, sink: bool)
 
 def _delta(arch: str, dtype: str, D: int) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(D))
-    constexprs = {"D": D, "BLOCK_D": width, "BLOCK_M": 64, "HAS_DLSE": True}
+    constexprs = {"D": D, "BLOCK_D": width, "BLOCK_M": 64, "HAS_DLSE": True, "LONE": False}
     return {
         "name": f"attention_delta {arch} {dtype} D{D}", "fn": attention_delta_kernel,
         "signature": _signature(attention_delta_kernel, constexprs, dtype, ()), "constexprs": constexprs,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megastage.kernels.launch import settings, settings_for
+from megastage.kernels.linear_cross_entropy import IGNORE, Rows
 from megastage.kernels.registry import KernelSpec
 from megastage.kernels.tuning import table
 
@@ -48,24 +49,26 @@ def cross_entropy_statistics_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits_ptr, labels_ptr, peak_ptr, factor_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, labels_ptr, peak_ptr, inverse_ptr, pull_ptr, grad_ptr, W, first,
+    IGNORE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """WIDE: the type of the arithmetic, fp64 where the gradient is stored in fp32 (bound by memory either way)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < W
     peak = tl.load(peak_ptr + row)
-    factor = tl.load(factor_ptr + row)
+    inverse = tl.load(inverse_ptr + row)
+    pull = tl.load(pull_ptr + row)
     label = tl.load(labels_ptr + row)
     target = tl.where(label == IGNORE, -1, label - first)
-    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(tl.float32)
-    grad = factor * tl.exp(x - peak) - tl.where(cols == target, 1.0, 0.0)
+    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(WIDE)
+    p = tl.exp(x - peak) * inverse
+    grad = (p - tl.where(cols == target, 1.0, 0.0)) + p * pull
     tl.store(grad_ptr + row * W + cols, grad.to(grad_ptr.dtype.element_ty), inside)
 
 
 def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     peak_C = torch.empty(C, dtype=torch.float32, device=logits_CW.device)
     sums_C3 = torch.empty((C, 3), dtype=torch.float32, device=logits_CW.device)
@@ -78,20 +81,17 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     return peak_C, sums_C3
 
 
-def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
-) -> Tensor:
+def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, dtype: torch.dtype) -> Tensor:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
     config = settings_for("cross_entropy_gradient", logits_CW, W, DEFAULT)
     block = _block(config, W)
     with torch.cuda.device_of(logits_CW):
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
-            logits_CW, labels_C.contiguous(), peak_C.contiguous(), factor_C.contiguous(), grad_CW, W, first,
-            IGNORE=IGNORE, BLOCK=block, num_warps=config["num_warps"],
+            logits_CW, labels_C.contiguous(), *(x.contiguous() for x in stats), grad_CW, W, first,
+            IGNORE=IGNORE, BLOCK=block, WIDE=tl.float64 if dtype == torch.float32 else tl.float32,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return grad_CW
 
@@ -112,5 +112,7 @@ def gate_specs(arch: str) -> list[KernelSpec]:
             types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
             types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
             constants = {"IGNORE": -100, "BLOCK": config["block"]}
+            if op == "cross_entropy_gradient":
+                constants["WIDE"] = tl.float32
             specs.append(KernelSpec(op, f"w{W}", arch, fn, types, constants, config["num_warps"], 3))
     return specs
