@@ -73,6 +73,24 @@ def intervals_kernel(
 
 
 @triton.jit
+def query_tile(T, H, BLOCK_M: tl.constexpr):
+    """(first query, head, batch element, batch * head) of this program."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
+    bh = tl.program_id(0) // tiles
+    return tile * BLOCK_M, bh % H, (bh // H).to(tl.int64), bh
+
+
+@triton.jit
+def key_tile(S, kv_heads, BLOCK_N: tl.constexpr):
+    """(first key, key/value head, batch element, last key) of this program."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    start = (tl.program_id(0) % tiles) * BLOCK_N
+    bh = tl.program_id(0) // tiles
+    return start, bh % kv_heads, (bh // kv_heads).to(tl.int64), tl.minimum(start + BLOCK_N, S) - 1
+
+
+@triton.jit
 def tile_bounds(LOW, HIGH, start, last):
     """(low, high) of the first row of a tile and (low, high) of its last one."""
     return tl.load(LOW + start), tl.load(HIGH + start), tl.load(LOW + last), tl.load(HIGH + last)
@@ -117,6 +135,15 @@ def load_rows(
     if D < BLOCK_D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def load_block(DESC, row, head, stride_head, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [row, row + ROWS) of one head by TMA descriptor, as [ROWS, BLOCK_D]."""
+    if D < BLOCK_D:
+        # a dimension of its own for the head: what lies behind its D columns is never read, and comes as 0
+        return DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
+    return DESC.load([row, head * stride_head])
 
 
 @triton.jit

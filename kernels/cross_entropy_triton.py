@@ -5,14 +5,16 @@ no Triton matrix kernel reaches its rate on every architecture."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megastage.kernels.launch import settings, settings_for
+from megastage.kernels.launch import settings_for
 from megastage.kernels.linear_cross_entropy import IGNORE, Rows
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.registry import GateCase
 from megastage.kernels.tuning import table
 
 DEFAULT = {"block": 4096, "num_warps": 8}
@@ -100,19 +102,11 @@ def _block(config: dict[str, int], W: int) -> int:
     return min(config["block"], max(32, triton.next_power_of_2(W)))
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    kernels = (
-        ("cross_entropy_statistics", cross_entropy_statistics_kernel),
-        ("cross_entropy_gradient", cross_entropy_gradient_kernel),
-    )
-    for op, fn in kernels:
-        for W in table.dims(op, arch, 131072):
-            config = settings(op, arch, torch.float32, W, DEFAULT)
-            types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
-            types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
-            constants = {"IGNORE": -100, "BLOCK": config["block"]}
-            if op == "cross_entropy_gradient":
-                constants["WIDE"] = tl.float32
-            specs.append(KernelSpec(op, f"w{W}", arch, fn, types, constants, config["num_warps"], 3))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(W: int) -> None:
+        logits, labels = torch.zeros(16, W), torch.zeros(16, dtype=torch.int64)
+        peak, sums = tile_statistics(logits, labels, 0)
+        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), torch.bfloat16)
+
+    sizes = {*table.dims("cross_entropy_statistics", arch, 131072), *table.dims("cross_entropy_gradient", arch)}
+    return [GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)]

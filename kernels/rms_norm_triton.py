@@ -7,6 +7,7 @@ by memory either way."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megastage.kernels.launch import multiprocessors, rows_of, settings, settings_for, warps_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import multiprocessors, rows_of, settings_for, warps_for
+from megastage.kernels.registry import GateCase
 from megastage.kernels.rms_norm import statistics_dtype
 from megastage.kernels.tuning import table
 
@@ -38,7 +39,7 @@ def rms_norm_forward_kernel(
         tl.store(total_ptr + dense, total, inside)
         x = total.to(WIDE)  # normalise what was stored: backward sees the same numbers
     mean = tl.sum(x * x, 1) / D + eps
-    if tl.float64 == WIDE:
+    if WIDE == tl.float64:
         rstd = 1.0 / tl.sqrt(mean)
     else:
         rstd = 1.0 / tl.sqrt_rn(mean)
@@ -128,19 +129,14 @@ def backward(
     return grad_x, partial_PD.sum(0).to(weight_D.dtype)
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    for suffix, fn in (("", rms_norm_forward_kernel), ("_backward", rms_norm_backward_kernel)):
-        op = "rms_norm" + suffix
-        for D, add in product(table.dims(op, arch, 128, 4096, 8192), (False, True)):
-            config = settings(op, arch, torch.bfloat16, D, _default(D, backward=bool(suffix)))
-            types = {name: "*bf16:16" for name in fn.arg_names if name.endswith("_ptr")}
-            types |= {"rstd_ptr": "*fp32:16", "partial_ptr": "*fp32:16", "N": "i32", "eps": "fp32"}
-            types |= {"tiles_per_program": "i32"} | {n: "i32:16" for n in fn.arg_names if n.endswith("_stride")}
-            if not add:
-                types |= {"residual_ptr": "None", "grad_total_ptr": "None"}
-            constants = {"D": D, "BLOCK": triton.next_power_of_2(D), "ADD": add, "ROWS": config["rows"]}
-            constants |= {"WIDE": tl.float32}
-            case, fast = f"d{D}{' add' if add else ''}", (D, add) in ((128, False), (4096, True))
-            specs.append(KernelSpec(op, case, arch, fn, types, constants, config["num_warps"], fast=fast))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(D: int, add: bool) -> None:
+        x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D, dtype=torch.bfloat16)
+        rstd = forward(x, x if add else None, weight, 1e-5)[2]
+        backward(x, x if add else None, x, weight, rstd)
+
+    sizes = {*table.dims("rms_norm", arch, 128, 4096, 8192), *table.dims("rms_norm_backward", arch)}
+    return [
+        GateCase(f"d{D}{' add' if add else ''}", partial(call, D, add), fast=(D, add) in ((128, False), (4096, True)))
+        for D, add in product(sorted(sizes), (False, True))
+    ]
