@@ -67,13 +67,13 @@ def backward(
         out, (q, dout) = _readable(out), _streamed(q, dout, dkv_tiles.tma)
         k, v = _streamed(k, v, dq_tiles.tma)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
             out, dout, lse.contiguous(), None if dlse is None else dlse.float().contiguous(), lse2, delta,
-            *out.stride()[:3], *dout.stride()[:3], T, H,
+            low, high, *out.stride()[:3], *dout.stride()[:3], stride_bounds, T, H,
             D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
-            enable_fp_fusion=True,
+            LONE=sink is None and q.dtype == torch.float32, enable_fp_fusion=True,
         )  # fmt: skip
-        low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, dq_tiles.block_m) * B * H,)](
             *_descriptors((k, v), dq_tiles.block_n, dq_tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
             *strides, *dq.stride()[:3], stride_bounds, *sizes, **dq_shared,
