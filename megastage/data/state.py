@@ -20,7 +20,8 @@ class StageRecord:
 
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
     order key, a hint to where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
-    long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike.
+    long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike. For people alone, by
+    source (None: not drawn): epochs of it used up by these samples and all before, and tokens that entering skipped.
     """
 
     index: int
@@ -35,6 +36,8 @@ class StageRecord:
     min_doc_len: int = 0
     long_doc_len: int = 0
     long_doc_share: float | None = None
+    epochs: list[float | None] = field(default_factory=list)
+    skipped_tokens: list[int | None] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
