@@ -19,7 +19,7 @@ class StageRecord:
     """What one stage consumed, and all that decided which samples these were.
 
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
-    order key, a hint to where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
+    order key, where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
     long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike.
     """
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,22 @@ def record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
             yield batch.select(names)
 
 
+def batches_from(file: Path, columns: tuple[str, ...], row: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """As `record_batches`, from the batch on that holds `row`, each with the number of its first row."""
+    skipped = 0
+    if file.suffix == ".parquet" and row:
+        with _errors_named(file):
+            table = pq.read_metadata(file)
+        ends = list(accumulate(max(0, table.row_group(i).num_rows) for i in range(table.num_row_groups)))
+        skipped = bisect_right(ends, row)
+    first = ends[skipped - 1] if skipped else 0
+    batches = _parquet_batches(file, columns, skipped) if skipped else record_batches(file, columns)
+    for batch in batches:
+        if first + batch.num_rows > row:
+            yield batch, first
+        first += batch.num_rows
+
+
 def _ipc_reader(source: Any) -> Any:
     """A reader of the stream or, as other tools write it, the file format of Arrow IPC."""
     try:
@@ -78,7 +96,7 @@ def _ipc_reader(source: Any) -> Any:
         return pa.ipc.open_file(source)
 
 
-def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: Path, columns: tuple[str, ...], first_group: int = 0) -> Iterator[pa.RecordBatch]:
     with (
         _errors_named(file),
         pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
@@ -87,7 +105,8 @@ def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Record
         row_bytes = encoded_bytes(table.metadata) // max(1, table.metadata.num_rows)
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
         # no threads: after an error in one column they would go on reading another from a file that is closed
-        yield from table.iter_batches(batch_size=rows, columns=names, use_threads=False)
+        groups = range(first_group, table.metadata.num_row_groups)
+        yield from table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False)
 
 
 def encoded_bytes(metadata: Any) -> int:
