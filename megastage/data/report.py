@@ -11,6 +11,7 @@ from megastage.data.blend import is_exact
 from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.lanes import LaneOrder
+from megastage.data.live_streams import LiveOrder
 from megastage.data.order import Visit
 from megastage.data.packing import PackedOrder
 from megastage.data.state import StageRecord, histories, record_of
@@ -37,8 +38,10 @@ def plan_lines(
         start = order.planned_epochs(before)
         visit = Visit(stage.seq_len, rows[number], None, rule_of(stage))
         stop = order.planned_epochs([*before, visit])
+        about = "about " if isinstance(order, LiveOrder) else ""
         line = (
-            f"Source {source.path}: {rows[number] * stage.seq_len / 1e9:.2f}B of {source.n_tokens / 1e9:.2f}B tokens, "
+            f"Source {source.path}: {rows[number] * stage.seq_len / 1e9:.2f}B of "
+            f"{about}{source.n_tokens / 1e9:.2f}B tokens, "
             f"{stop - start:.2f} epochs ({start:.2f} -> {stop:.2f})"
         )
         lines.append(line + _skipped(order, before, visit))

@@ -190,6 +190,11 @@ class TokenSource:
         stops = stops.astype(ends.dtype)  # another type would make numpy convert the whole index
         return ends[np.searchsorted(ends, stops)] == stops
 
+    def units_within(self, start: int, stop: int) -> np.ndarray:
+        """int64: ends of what packing keeps together that lie between start and stop, neither included."""
+        ends = self.doc_ends
+        return ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop)].astype(np.int64)
+
     def document_ends(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ends of documents inside ranges: for int64[n] `starts` < `stops`, the ends e with start < e <= stop.
 

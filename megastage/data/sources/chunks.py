@@ -121,11 +121,9 @@ class TextChunks:
         if chunk is None:
             with self._alone():
                 chunk = self._load(start) or self._make(start)
-        if ahead and chunk.next is not None and start.number > self._front:
-            self._front = start.number
-            if self._looking is None or not self._looking.is_alive():
-                self._looking = threading.Thread(target=self._look_ahead, args=(chunk,), name="text-ahead", daemon=True)
-                self._looking.start()
+        behind = chunk.next if ahead else None
+        if behind is not None and (start.number > self._front or not self._path(behind.number).exists()):
+            self._begin_ahead(chunk)
         return chunk
 
     def close(self) -> None:
@@ -135,11 +133,19 @@ class TextChunks:
             self._looking.join()
         self._reader = None
 
+    def _begin_ahead(self, chunk: Chunk) -> None:
+        self._front = max(self._front, chunk.start.number)
+        if self._closed or (self._looking is not None and self._looking.is_alive()):
+            return
+        self._looking = threading.Thread(target=self._look_ahead, args=(chunk,), name="text-ahead", daemon=True)
+        self._looking.start()
+
     def _look_ahead(self, chunk: Chunk) -> None:
         """Make what lies behind `chunk`. What goes wrong is raised when the chunk is asked for."""
         with suppress(SourceError, OSError, _Closed):
-            while chunk.next is not None and chunk.next.number <= self._front + _AHEAD and not self._closed:
-                chunk = self.open(chunk.next)
+            for _ in range(_AHEAD):
+                if chunk.next is not None and not self._closed:
+                    chunk = self.open(chunk.next)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"chunk-{number:08d}"

@@ -49,6 +49,7 @@ class LiveText(TokenSource):
         self._lock = threading.Lock()
         self._opened: OrderedDict[int, Chunk] = OrderedDict()
         self._known, self._bases = [FIRST], [0]  # starts of chunks, and their first tokens, by position
+        self._reached = FIRST  # by `reach`, without a gap
         self._first_crc32 = self.chunk(FIRST).crc32
         self.streams, self.n_tokens = self._survey(files)
 
@@ -161,13 +162,22 @@ class LiveText(TokenSource):
 
     def reach(self, n_tokens: int | None) -> int:
         """See `TokenSource.reach`: opens one chunk after the other."""
-        start = FIRST
         while True:
-            chunk = self.chunk(start)
+            chunk = self.chunk(self._reached)
             end = chunk.start.token + chunk.tokens.size
             if chunk.next is None or (n_tokens is not None and end >= n_tokens):
                 return end
-            start = chunk.next
+            self._reached = chunk.next
+
+    def units_within(self, start: int, stop: int) -> np.ndarray:
+        """See `TokenSource.units_within`."""
+        found = [np.empty(0, np.int64)]
+        while start < stop:
+            chunk = self._holding(start)
+            ends = chunk.doc_ends + chunk.start.token
+            found.append(ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop)])
+            start = chunk.start.token + chunk.tokens.size
+        return np.concatenate(found)
 
     @cached_property
     def fingerprint(self) -> bytes:

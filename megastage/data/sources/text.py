@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -77,16 +75,15 @@ def content_key(files: list[Path]) -> bytes:
 
 
 def page_key(files: list[Path]) -> bytes:
-    """blake2b over the sizes of the files and sampled pages of their bytes: the same for a copy, whatever the size."""
+    """blake2b over the sizes of the files and sampled pages of each: the same for a copy, read in little time."""
     sizes = [file.stat().st_size for file in files]
-    starts = list(accumulate(sizes, initial=0))
     digest = hashlib.blake2b(str(sizes).encode(), digest_size=16)
-    for page in range(_PAGES):
-        position = max(0, starts[-1] - _PAGE_BYTES) * page // (_PAGES - 1)
-        number = min(bisect_right(starts, position) - 1, len(files) - 1)
-        with open(files[number], "rb") as opened:
-            opened.seek(position - starts[number])
-            digest.update(opened.read(_PAGE_BYTES))
+    step = max(_PAGE_BYTES, sum(sizes) // _PAGES)
+    for file, size in zip(files, sizes):
+        with open(file, "rb") as opened:
+            for position in range(0, size, step):
+                opened.seek(position)
+                digest.update(opened.read(_PAGE_BYTES))
     return digest.digest()
 
 
