@@ -24,6 +24,7 @@ from megastage.data.index import order_of
 from megastage.data.sources import chunks
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 from megastage.data.sources.live import LiveText
+from megastage.data.tokenizer import train_bpe
 
 
 @pytest.fixture(autouse=True)
@@ -221,3 +222,25 @@ def test_ranks_of_one_process_group_share_a_cache(tmp_path):
     digests, characters = zip(*on_ranks(tmp_path, work))
     assert len(set(digests)) == 1
     assert sum(characters) <= sum(map(len, make_texts(200, seed=14)))
+
+
+def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    texts = [
+        "\n".join(f"line {i} of the long text, {i * i % 97} lines before {i % 13}" for i in range(900)),
+        "short",
+    ] * 70
+    tokenizer = train_bpe(texts, 400, tmp_path / "tokenizer.json")
+    path = write_texts(tmp_path / "in", "jsonl", texts)
+    whole = opened(path, tmp_path / "whole", live=False, tokenizer=tokenizer)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", 5000)
+    longest = []
+    encode_batch = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda given: [longest.append(max(map(len, given))), encode_batch(given)][1]
+    )
+    live = opened(path, tmp_path, tokenizer=tokenizer)
+    assert live.reach(None) == whole.n_tokens
+    for start in range(0, whole.n_tokens, 1000):
+        stop = min(live.readable_to(start), start + 1000)
+        assert np.array_equal(live.read(start, stop), whole.read(start, stop))
+    assert max(longest) <= 10_000 < len(texts[0])

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from megastage.data import long_text
+
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 1 << 20
 
 
@@ -23,10 +25,13 @@ class ByteTokenizer:
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The documents in lists that the tokenizer takes at once, of bounded size but for a single long one."""
+    """The documents in lists of bounded size that the tokenizer takes at once; a long one is alone in its list."""
     texts: list[str] = []
     characters = 0
     for text in documents:
+        if texts and len(text) > long_text.LONG_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
         texts.append(text)
         characters += len(text)
         if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
@@ -39,5 +44,14 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def encode(texts: list[str], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the texts end to end, each with the tokenizer's EOS if it has one, and their lengths, int64[texts]."""
     end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
-    encoded = [np.concatenate([ids, *end]) for ids in tokenizer.encode_batch(texts)]
+    encoded = [np.concatenate([ids, *end]) for ids in _token_ids(texts, tokenizer)]
     return np.concatenate(encoded), np.array([len(ids) for ids in encoded], np.int64)
+
+
+def _token_ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    """Without EOS. Of a long text some stretches at a time: a tokenizer takes a hundred times its memory."""
+    if len(texts) > 1 or len(texts[0]) <= long_text.LONG_CHARACTERS or not getattr(tokenizer, "splits_text", False):
+        ids: list[np.ndarray] = tokenizer.encode_batch(texts)
+        return ids
+    parts = long_text.stretches(iter(texts), tokenizer)
+    return [np.concatenate([tokenizer.encode_batch([part])[0].astype(np.uint32) for part in parts])]
