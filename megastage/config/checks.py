@@ -125,6 +125,10 @@ def _choice_problems(cfg: Config) -> list[str]:
     if option not in ("default", "none"):
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
     problems += _validation_problems(cfg)
+    training = cfg.training
+    types = {training.dataset_type, *(stage.dataset_type for stage in training.data_stages)}
+    if training.is_written("live_text_mb") and "huggingface" not in types:
+        problems.append(f"training.live_text_mb = {training.live_text_mb}: no stage reads text; leave it out")
     parallel = cfg.parallelism
     if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
         problems.append(

@@ -128,7 +128,9 @@ class DataEngine:
         """This rank's rows of the next global batch. Errors of the data name their source."""
         assert self._loader is not None, "enter a stage first"
         plan, batch = self._loader.next()
-        self._records[-1].samples = plan.start + len(plan.source)
+        record = self._records[-1]
+        record.samples = plan.start + len(plan.source)
+        record.marks.update(plan.marks)
         self._digest = plan.digest
         return batch
 
@@ -159,7 +161,7 @@ class DataEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
-        self._mark()
+        self._tell_progress()
         return to_json(self._records, self.index)
 
     def plan_lines(self, stage: DataStage) -> list[str]:
@@ -169,18 +171,19 @@ class DataEngine:
     def close(self) -> None:
         """Stop the reading threads. Safe to call twice."""
         self._leave()
+        for source in self.index.sources.values():
+            source.close()
 
     def _leave(self) -> None:
         if self._loader is not None:
-            self._mark()
+            self._tell_progress()
             self._loader.close()
         self._loader = self._planner = self._stage = None
 
-    def _mark(self) -> None:
-        """Note in the record where the rows of each source end, so that going on needs no search, and its epochs."""
+    def _tell_progress(self) -> None:
+        """Note in the record the epochs that its samples make of each source."""
         if self._planner is not None and self._loader is not None:
             planner, record = self._planner, self._records[-1]
-            record.marks = self._loader.run(lambda: planner.marks(record.samples))
             record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
 
     def _read(self, plan: Plan) -> Batch:
