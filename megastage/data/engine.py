@@ -15,7 +15,7 @@ from megastage.data.loader import Prefetcher
 from megastage.data.plan import Plan, Planner
 from megastage.data.report import plan_lines
 from megastage.data.sources.base import SourceOptions
-from megastage.data.state import StageRecord, check_frozen, from_json, record_of, to_json
+from megastage.data.state import StageRecord, check_frozen, from_json, note_epochs, record_of, to_json
 
 
 class DataEngine:
@@ -116,6 +116,7 @@ class DataEngine:
         *before, record = self._records
         self._stage, self._slice = stage, (rows * data_rank // data_ranks, rows * (data_rank + 1) // data_ranks)
         self._planner = planner = Planner(self.index, before, record)
+        record.skipped_tokens = planner.skipped_tokens
         first = record.samples
         self._loader = Prefetcher(
             lambda number: planner.plan(first + number * rows, first + (number + 1) * rows),
@@ -160,6 +161,7 @@ class DataEngine:
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
         self._mark()
+        note_epochs(self._records, self.index)
         return to_json(self._records, self.index)
 
     def plan_lines(self, stage: DataStage) -> list[str]:
@@ -173,15 +175,15 @@ class DataEngine:
     def _leave(self) -> None:
         if self._loader is not None:
             self._mark()
+            note_epochs(self._records, self.index)
             self._loader.close()
         self._loader = self._planner = self._stage = None
 
     def _mark(self) -> None:
-        """Note in the record where the rows of each source end, so that going on needs no search, and its epochs."""
+        """Note in the record where the rows of each source end, so that going on needs no search."""
         if self._planner is not None and self._loader is not None:
             planner, record = self._planner, self._records[-1]
             record.marks = self._loader.run(lambda: planner.marks(record.samples))
-            record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
 
     def _read(self, plan: Plan) -> Batch:
         assert self._stage is not None
