@@ -15,7 +15,7 @@ from megastage.data.loader import Prefetcher
 from megastage.data.plan import Plan, Planner
 from megastage.data.report import plan_lines
 from megastage.data.sources.base import SourceOptions
-from megastage.data.state import StageRecord, check_frozen, from_json, record_of, to_json
+from megastage.data.state import StageRecord, check_frozen, from_json, note_epochs, record_of, to_json
 
 
 class DataEngine:
@@ -47,7 +47,6 @@ class DataEngine:
             pin=self._pin,
         )
         self._stage: DataStage | None = None
-        self._planner: Planner | None = None
         self._loader: Prefetcher[Plan, Batch] | None = None
         self._digest = ""
 
@@ -115,7 +114,8 @@ class DataEngine:
             self._records.append(record_of(stage, self.index))
         *before, record = self._records
         self._stage, self._slice = stage, (rows * data_rank // data_ranks, rows * (data_rank + 1) // data_ranks)
-        self._planner = planner = Planner(self.index, before, record)
+        planner = Planner(self.index, before, record)
+        record.skipped_tokens = planner.skipped_tokens
         first = record.samples
         self._loader = Prefetcher(
             lambda number: planner.plan(first + number * rows, first + (number + 1) * rows),
@@ -161,7 +161,7 @@ class DataEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
-        self._tell_progress()
+        note_epochs(self._records, self.index)
         return to_json(self._records, self.index)
 
     def plan_lines(self, stage: DataStage) -> list[str]:
@@ -176,15 +176,9 @@ class DataEngine:
 
     def _leave(self) -> None:
         if self._loader is not None:
-            self._tell_progress()
+            note_epochs(self._records, self.index)
             self._loader.close()
-        self._loader = self._planner = self._stage = None
-
-    def _tell_progress(self) -> None:
-        """Note in the record the epochs that its samples make of each source."""
-        if self._planner is not None and self._loader is not None:
-            planner, record = self._planner, self._records[-1]
-            record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
+        self._loader = self._stage = None
 
     def _read(self, plan: Plan) -> Batch:
         assert self._stage is not None

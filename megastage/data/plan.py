@@ -105,16 +105,11 @@ class Planner:
                 marks[self._index.order_key(number)] = [int(value) for value in mark]
         return marks
 
-    def progress(self, samples: int) -> tuple[list[float | None], list[int | None]]:
-        """By source (None: not drawn), after `samples` samples of the stage: its epochs, and what entering skipped."""
-        counts = self._index.table.counts_at(samples).tolist()
-        numbers = range(len(self._index.sources))
-        cursors = {number: self._cursors.get(number) for number in numbers}
-        epochs = [
-            None if cursor is None else round(cursor.epoch_at(counts[number] + self._offsets[number]), 6)
-            for number, cursor in cursors.items()
-        ]
-        return epochs, [None if cursor is None else cursor.skipped_tokens for cursor in cursors.values()]
+    @property
+    def skipped_tokens(self) -> list[int | None]:
+        """By source, what of the open epoch was given up by entering the stage; None where it is not drawn."""
+        cursors = [self._cursors.get(number) for number in range(len(self._index.sources))]
+        return [None if cursor is None else cursor.skipped_tokens for cursor in cursors]
 
     def _digest(self, source: np.ndarray, rows: Rows) -> str:
         """blake2b over (source content, piece starts, piece lengths) of every row in order."""

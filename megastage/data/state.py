@@ -21,7 +21,7 @@ class StageRecord:
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
     order key, where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
     long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike. For people alone, by
-    source (None: not drawn): epochs of it used up by these samples and all before, and tokens that entering skipped.
+    source (None: not drawn): about how many epochs of it were used by the end, and the tokens that entering skipped.
     """
 
     index: int
@@ -73,6 +73,18 @@ def histories(records: Sequence[StageRecord], index: DataIndex) -> dict[str, lis
             elif rows:
                 visits.append(visit)
     return found
+
+
+def note_epochs(records: Sequence[StageRecord], index: DataIndex) -> None:
+    """Put into the last record how many epochs of its sources it and all before it make, as the plan counts them."""
+    if not records:
+        return
+    visits, last = histories(records, index), records[-1]
+    drawn = index.stages[last.index].weights > 0
+    last.epochs = [
+        round(index.orders[key].planned_epochs(visits.get(key, [])), 6) if used else None
+        for key, used in zip(last.keys, drawn.tolist(), strict=True)
+    ]
 
 
 def to_json(records: Sequence[StageRecord], index: DataIndex) -> dict[str, Any]:

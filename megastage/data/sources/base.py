@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megastage.data.sources.limits import allow_many_files
 from megastage.data.sources.parts import FlatPart, Part, hash_index, part_ends, slice_part
 
 READERS = {
@@ -326,6 +327,7 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
     if dataset_type not in READERS:
         raise SourceError(f"dataset_type {dataset_type!r} is not known; choose one of {', '.join(sorted(READERS))}")
     options = options or SourceOptions()
+    allow_many_files()
     module = importlib.import_module(f"megastage.data.sources.{READERS[dataset_type]}")
     reader: Callable[[Path | str, SourceOptions], TokenSource] = module.open_folder
     local = path

@@ -127,7 +127,7 @@ def _parquet_batches(file: Path, columns: tuple[str, ...], first_group: int = 0)
         found = 0
         # no threads: after an error in one column they would go on reading another from a file that is closed
         groups = range(first_group, table.metadata.num_row_groups)
-        recorded = sum(table.metadata.row_group(i).num_rows for i in groups)
+        recorded = table.metadata.num_rows - sum(table.metadata.row_group(i).num_rows for i in range(first_group))
         for batch in table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False):
             found += batch.num_rows
             yield batch
