@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from megastage.kernels._attention_reference import Geometry
+from megastage.kernels._attention_tuning import KERNELS
 from megastage.kernels.registry import GateCase
+from megastage.kernels.tuning import table
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FAST_HEAD_DIMS = (64, 128)
@@ -25,11 +27,12 @@ MASKS = ("causal", "documents", "full", "window", "offset")
 def gate_cases(arch: str) -> list[GateCase]:
     """Every head dimension in bf16 with grouped heads first (the figures that count), then what may compile to other
     code: other heads, lengths and layouts, softcap, sink, fp16 and, without speed rules, fp32."""
-    return [*_plain_cases(), *_other_cases()]
+    return [*_plain_cases(arch), *_other_cases()]
 
 
-def _plain_cases() -> Iterator[GateCase]:
-    for D in HEAD_DIMS:
+def _plain_cases(arch: str) -> Iterator[GateCase]:
+    measured = {D for kernel in KERNELS for D in table.dims(f"attention_{kernel}", arch)}
+    for D in sorted({*HEAD_DIMS, *measured}):
         yield GateCase(f"bf16 D{D}", partial(run, D=D), fast=D in FAST_HEAD_DIMS)
 
 
@@ -45,8 +48,8 @@ def _other_cases() -> Iterator[GateCase]:
         yield case(f"bf16 D{D} fused", D=D, layout="fused")
         yield case(f"bf16 D{D} heads first", D=D, layout="heads first")
         yield case(f"bf16 D{D} far apart", D=D, layout="far apart")
-    yield case("bf16 D72", D=72)  # head offsets that are no multiple of 16 elements
-    yield case("bf16 D100", D=100)  # rows that no descriptor and no wide load can read
+    for D in (32, 72, 100, 192):  # below the table's smallest; copied to wider rows; padded to 256
+        yield case(f"bf16 D{D}", D=D)
     yield case("bf16 D128 softcap", D=128, softcap=30.0)
     yield case("bf16 D128 sink", D=128, sink=True)
     for D in (64, 128, 256):
