@@ -150,6 +150,24 @@ def test_unusable_arguments(
     assert message in capsys.readouterr().err
 
 
+def test_pipes_are_refused_and_links_to_outer_folders_left_out(
+    tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert run(bpe, tmp_path, str(tmp_path / "pipe.jsonl")) == 1
+    assert "pipe.jsonl: a pipe or device" in capsys.readouterr().err
+    inner = tmp_path / "tree" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "a.txt").write_text("once")
+    (inner / "back").symlink_to(tmp_path / "tree")
+    (inner / "self").symlink_to(".")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("linked")
+    (inner / "other").symlink_to(tmp_path / "elsewhere")
+    assert run(bpe, tmp_path, str(tmp_path / "tree")) == 0
+    assert "documents:           2 " in capsys.readouterr().out
+
+
 def test_a_tokenizer_without_end_of_document(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(bpe.read_text())
     content["added_tokens"][0]["content"] = "<none>"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +23,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return options.run(options)
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: {_explained(error, options)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _explained(error: OSError, options: Namespace) -> str:
+    """The file, what went wrong and the way out. An error of writing itself names no file: it is the output then."""
+    where = error.filename or getattr(options, "output", None)
+    way = {
+        errno.ENOSPC: "make room and run the same command again; pieces that are done are kept",
+        errno.EDQUOT: "make room and run the same command again; pieces that are done are kept",
+        errno.EFBIG: "files of that size are not allowed here; raise the limit or choose another disk",
+        errno.EROFS: "choose an output that can be written",
+        errno.EACCES: "choose another output, or ask for the right to use this one",
+        errno.EPERM: "choose another output, or ask for the right to use this one",
+    }.get(error.errno or 0)
+    what = f"{where}: {error.strerror}" if where is not None and error.strerror else str(error)
+    return f"{what}; {way}" if way else what
 
 
 @contextlib.contextmanager
