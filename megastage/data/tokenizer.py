@@ -32,6 +32,10 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be used; the message names the file and the way out."""
 
 
+class NoTokenizer(TokenizerError):
+    """There is none at the path given."""
+
+
 class _Engine(Protocol):
     def encode(self, texts: list[str]) -> Iterable[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -208,9 +212,9 @@ def _load_engine(path: Path) -> tuple[_Engine, Path]:
         for name in ("tokenizer.json", *(pair[0] for pair in _GPT2_FILES), "tokenizer.model"):
             if (path / name).is_file():
                 return _load_file(path / name), path
-        raise TokenizerError(f"{path}: no tokenizer in this folder; give {_ACCEPTED}")
+        raise NoTokenizer(f"{path}: no tokenizer in this folder; give {_ACCEPTED}")
     if not path.is_file():
-        raise TokenizerError(f"{path}: no such file or folder; give {_ACCEPTED}")
+        raise NoTokenizer(f"{path}: no such file or folder; give {_ACCEPTED}")
     return _load_file(path), path.parent
 
 
