@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Asked in this order when no tokenizer_config.json names the end-of-document token.
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-# Of one call to the library: its encodings take some 30 bytes a character, and stay in the processor's cache.
+# Of one call to the library: its encodings take some 100 bytes a character, and stay in the cache this way.
 _CALL_CHARACTERS = 1 << 16
 _SPACES = " \u2581\u0120"  # as it is, SentencePiece's, that of byte-level vocabularies
 _ACCEPTED = "a tokenizer.json, a folder holding one, GPT-2 files (encoder.json + vocab.bpe) or a tokenizer.model"

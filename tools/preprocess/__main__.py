@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 for input that cannot be used, 2 for wrong usage, 130 after Ctrl-C."""
     from .cli import parse
 
+    _print_anything()
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
         with _ended_by_interrupt():
@@ -29,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _print_anything() -> None:
+    """Characters that the terminal's encoding lacks are shown as escapes; file names and samples may hold any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _explained(error: OSError, options: Namespace) -> str:
