@@ -13,43 +13,56 @@ LONG_CHARACTERS = 1 << 20
 _WINDOW = 512
 _SEARCH_CHARACTERS = 1 << 14
 _TRIES = 32
-# Before a space between a letter or digit and a letter, or after a line break between two visible characters.
-_SEAMS = re.compile(r"(?<=[^\W_]) (?=[^\W\d_])|(?<=\S)\n(?=\S)")
+# A space between a letter or digit and a letter; a line break between two visible characters.
+_SEAMS = (re.compile(r"(?<=[^\W_]) (?=[^\W\d_])"), re.compile(r"(?<=\S)\n(?=\S)"))
 
 
 def stretches(chunks: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
     """Cut long text where the tokens stay those of the whole, so that memory stays bounded.
 
-    Only tokenizers that cut text into words first are helped, and only between two words or lines where encoding the
-    surroundings in two parts was seen to give the tokens of the whole. Without such a place the text stays in one
-    piece.
+    Only tokenizers whose tokens end with words are helped, and only between two words or lines where encoding the
+    surroundings in two parts was seen to give the tokens of the whole. Where there is no such place the text is held
+    until one comes. The space between two words is left out where the tokenizer itself puts one in front of a text.
     """
-    held, start = "", 0
+    waiting: list[str] = []
+    size, reach = 0, LONG_CHARACTERS
     for chunk in chunks:
-        held, start = held[start:] + chunk, 0
-        while len(held) - start > 2 * LONG_CHARACTERS:
-            cut = _safe_cut(held, start, tokenizer) if tokenizer.splits_text else None
+        waiting.append(chunk)
+        size += len(chunk)
+        if size <= 2 * reach or not tokenizer.ends_with_words:
+            continue
+        held, start = "".join(waiting), 0
+        while size - start > 2 * reach:
+            cut = _safe_cut(held, start + reach // 2, start + reach, tokenizer)
             if cut is None:
-                yield "".join((held[start:], *chunks))
-                return
-            yield held[start:cut]
-            start = cut
-    if held[start:]:
-        yield held[start:]
+                reach *= 2
+                continue
+            yield held[start : cut[0]]
+            start, reach = cut[1], LONG_CHARACTERS
+        waiting, size = [held[start:]], size - start
+        del held
+    if size:
+        yield "".join(waiting)
 
 
-def _safe_cut(text: str, start: int, tokenizer: Tokenizer) -> int | None:
-    """A place to cut, looked for backwards from LONG_CHARACTERS after `start` over the last half of that."""
+def _safe_cut(text: str, least: int, end: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Where one part can end and where the next begins, looked for backwards from `end`; None after some tries."""
     tries = 0
-    end, least = start + LONG_CHARACTERS, start + LONG_CHARACTERS // 2
     while end > least and tries < _TRIES:
         begin = max(least, end - _SEARCH_CHARACTERS)
-        for match in reversed(list(_SEAMS.finditer(text, begin, end))[-_TRIES:]):
-            cut = match.start() if match[0] == " " else match.end()
-            left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-            whole, *parts = tokenizer.encode_batch([left + right, left, right])
-            if np.array_equal(whole, np.concatenate(parts)):
-                return cut
-            tries += 1
+        for seams in _SEAMS:
+            for match in reversed(list(seams.finditer(text, begin, end))[-_TRIES // 2 :]):
+                cut = match.start() if match[0] == " " else match.end()
+                for following in sorted({cut, match.end()}):
+                    if _keeps_tokens(text, cut, following, tokenizer):
+                        return cut, following
+                tries += 1
         end = begin
     return None
+
+
+def _keeps_tokens(text: str, cut: int, following: int, tokenizer: Tokenizer) -> bool:
+    """Whether the surroundings of a cut, encoded in two parts, have the tokens of the whole."""
+    begin, end = max(0, cut - _WINDOW), cut + _WINDOW
+    whole, left, right = tokenizer.encode_batch([text[begin:end], text[begin:cut], text[following:end]])
+    return np.array_equal(whole, np.concatenate([left, right]))

@@ -77,8 +77,7 @@ class _Encoder:
     def add_long(self, chunks: Iterator[str]) -> None:
         self.flush()
         length = 0
-        for text in long_text.stretches(chunks, self._tokenizer):
-            self._writer.facts.text_bytes += len(text.encode())
+        for text in long_text.stretches(self._counted(chunks), self._tokenizer):
             ids = self._tokenizer.encode_batch([text])[0]
             self._writer.write(ids)
             length += ids.size
@@ -87,3 +86,8 @@ class _Encoder:
             return
         self._writer.write(self._end)
         self._writer.end_documents([length + self._end.size])
+
+    def _counted(self, chunks: Iterator[str]) -> Iterator[str]:
+        for chunk in chunks:
+            self._writer.facts.text_bytes += len(chunk) if chunk.isascii() else len(chunk.encode())
+            yield chunk

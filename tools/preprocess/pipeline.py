@@ -8,6 +8,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
@@ -15,7 +16,7 @@ import tokenizers
 from megastage.data import long_text, packed_memmap
 from megastage.data.durable import check_target
 from megastage.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, choose_engine
+from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, EngineError, choose_engine
 
 from . import nanoset
 from .inputs import InputError, InputFile, Part, Piece, find_files, plan_pieces
@@ -51,7 +52,14 @@ def run(options: Namespace) -> int:
             library_version=tokenizers.__version__,
             engine="hf" if encoder is tokenizer else "gigatoken",
         )
-        shards = _make_shards(pieces, settings, options.workers)
+        try:
+            shards = _make_shards(pieces, settings, options.workers)
+        except EngineError as error:
+            if options.engine != "auto":
+                raise
+            print(f"{error}: that is done now", flush=True)
+            settings, engine = replace(settings, engine="hf"), f"tokenizers ({error})"
+            shards = _make_shards(pieces, settings, options.workers)
         total = ShardFacts()
         for piece in pieces:
             total.add(shards[piece.index])
@@ -191,7 +199,7 @@ def _summary(
 
 
 class _WorkFolder:
-    """`.NAME.work` beside the output, held by one process at a time; kept when the run does not finish."""
+    """`.NAME.work` beside the output, held by one process at a time; kept with finished pieces when the run fails."""
 
     def __init__(self, output: Path) -> None:
         output = Path(os.path.abspath(output))
@@ -213,4 +221,6 @@ class _WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
+        if not any(self.path.glob("*.json")):  # nothing to go on with
+            self.remove()
         self._lock.close()

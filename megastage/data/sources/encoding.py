@@ -16,7 +16,7 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 1 << 20
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0 .. 255, and 256 for the end of a document: the made-up texts run without files."""
 
-    name, vocab_size, eos_id = "bytes", 257, 256
+    name, vocab_size, eos_id, ends_with_words = "bytes", 257, 256, False
     sha256 = hashlib.sha256(b"megastage bytes 257").hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -50,7 +50,7 @@ def encode(texts: list[str], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _token_ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
     """Without EOS. Of a long text some stretches at a time: a tokenizer takes a hundred times its memory."""
-    if len(texts) > 1 or len(texts[0]) <= long_text.LONG_CHARACTERS or not getattr(tokenizer, "splits_text", False):
+    if len(texts) > 1 or len(texts[0]) <= long_text.LONG_CHARACTERS or not tokenizer.ends_with_words:
         ids: list[np.ndarray] = tokenizer.encode_batch(texts)
         return ids
     parts = long_text.stretches(iter(texts), tokenizer)
