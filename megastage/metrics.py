@@ -50,7 +50,7 @@ def _keep_until(path: Path, done_steps: int, *, rewound: bool) -> None:
     rewound: where there are such records, the file as it was is renamed.
     """
     kept, later = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -18,7 +18,7 @@ from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
 from megastage.data.engine import DataEngine
 from megastage.data.sources.base import SourceOptions
-from megastage.data.tokenizer import Tokenizer, load_tokenizer
+from megastage.data.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from megastage.describe import layout_line, model_line
 from megastage.kernels.dispatch import use_triton
 from megastage.logs import log
@@ -57,7 +57,6 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
 
     Raises ValueError (on every rank) for input that can't be used.
     """
-    runtime.set_deterministic(cfg.debug.deterministic, cfg.debug.deterministic_warn_only)
     runtime.make_writable(cfg.job.dump_folder, "job.dump_folder", rt.is_main)
     if cfg.compile.enable:
         compiling.require_backend(cfg.compile.backend)
@@ -114,18 +113,18 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
 
 
 def open_tokenizer(cfg: Config) -> Tokenizer | None:
-    """The tokenizer at model.hf_assets_path; None without one, or where the path is absent and no text is read."""
+    """The tokenizer at model.hf_assets_path; None without one, or where none lies there and no text is read."""
     path = cfg.model.hf_assets_path
     if path is None:
         return None
     types = {cfg.training.dataset_type, *(stage.dataset_type for stage in cfg.training.data_stages)}
     types |= {cfg.validation.dataset_type} if cfg.validation.enable else set()
-    if not Path(path).exists() and "huggingface" not in types:
-        log.info("Note: model.hf_assets_path = %r does not exist; no stage reads text, so it is not needed", path)
-        return None
     try:
         return load_tokenizer(path)
     except ValueError as error:
+        if isinstance(error, NoTokenizer) and "huggingface" not in types:
+            log.info("Note: model.hf_assets_path = %r holds no tokenizer; no stage reads text, so none is needed", path)
+            return None
         raise ValueError(f'model.hf_assets_path = "{path}": {error}') from error
 
 

@@ -192,6 +192,11 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             'checkpoint.exclude_from_loading: "train_state": the position in the data belongs to the step; '
             'exclude "dataloader" too'
         )
+    if table.exclude_from_loading and table.initial_load_path is not None and table.initial_load_model_only:
+        problems.append(
+            "checkpoint.exclude_from_loading: nothing but the model is loaded from initial_load_path, and a restarted "
+            "run loads all of its own; take it out, or set initial_load_model_only = false"
+        )
     if not table.initial_load_model_only and (table.initial_load_path is None or table.initial_load_in_hf):
         why = "Hugging Face weights are a model alone" if table.initial_load_in_hf else "needs initial_load_path"
         problems.append(f"checkpoint.initial_load_model_only = false: {why}")
@@ -232,12 +237,13 @@ def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) 
     problems = []
     tp = cfg.parallelism.tensor_parallel_degree
     path = f"parallelism.tensor_parallel_degree = {tp}"
-    for name, count in (("query", model.n_heads), ("key/value", model.n_kv_heads)):
-        if count % tp:
-            problems.append(
-                f"{path}: does not divide the {count} {name} heads of {cfg.model.name} {cfg.model.flavor}; "
-                f"use one of {[d for d in range(1, count + 1) if count % d == 0]}"
-            )
+    heads, shared = model.n_heads, model.n_kv_heads
+    fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (shared % d == 0 or d % shared == 0)]
+    if tp not in fitting:
+        problems.append(
+            f"{path}: {cfg.model.name} {cfg.model.flavor} has {heads} query heads, which it must divide, and {shared} "
+            f"key/value heads, of which it must be a divisor or a multiple; use one of {fitting}"
+        )
     if cfg.parallelism.disable_loss_parallel and model.vocab_size % tp:
         problems.append(
             f"parallelism.disable_loss_parallel = true: the vocabulary of {model.vocab_size} can't be gathered evenly "

@@ -177,10 +177,11 @@ class DataEngine:
         self._loader = self._planner = self._stage = None
 
     def _mark(self) -> None:
-        """Note in the record where the rows of each source end, so that going on needs no search."""
+        """Note in the record where the rows of each source end, so that going on needs no search, and its epochs."""
         if self._planner is not None and self._loader is not None:
             planner, record = self._planner, self._records[-1]
             record.marks = self._loader.run(lambda: planner.marks(record.samples))
+            record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
 
     def _read(self, plan: Plan) -> Batch:
         assert self._stage is not None
