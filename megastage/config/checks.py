@@ -126,7 +126,7 @@ def _choice_problems(cfg: Config) -> list[str]:
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
     problems += _validation_problems(cfg)
     parallel = cfg.parallelism
-    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
+    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part:
         problems.append(
             "parallelism.pipeline_parallel_split_points and parallelism.module_fqns_per_model_part: "
             "both set; keep one of them"
