@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 
 from megastage.config.errors import show
 from megastage.config.layout import Layout, layout_problems, pipeline_layers
@@ -41,13 +42,23 @@ def _problems(cfg: Config, layout: Layout | None) -> list[str]:
     problems = list(problems)
     problems += rope_scaling_problems(cfg.model.rope_scaling, "model.rope_scaling")
     problems += rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling")
-    stages, found = stage_problems(cfg, layout)
+    # what -1 stands for lies in the checkpoint that the run goes on from: batches are checked once that is read
+    settled_later = cfg.training.global_batch_size == -1 and _goes_on(cfg)
+    stages, found = stage_problems(cfg, None if settled_later else layout)
     problems += found
     problems += _schedule_problems(cfg)
     problems += _choice_problems(cfg)
     if model is not None:
         problems += _split_problems(cfg, model, stages)
     return list(dict.fromkeys(problems))
+
+
+def _goes_on(cfg: Config) -> bool:
+    """Whether there is something that looks like a checkpoint with a train state to go on from."""
+    table = cfg.checkpoint
+    if table.initial_load_path is not None and not table.initial_load_model_only:
+        return True
+    return table.enable and any(Path(cfg.job.dump_folder, table.folder).glob("step-*"))
 
 
 def _schedule_problems(cfg: Config) -> list[str]:
