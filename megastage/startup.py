@@ -175,6 +175,7 @@ def source_options(cfg: Config, tokenizer: Tokenizer | None) -> SourceOptions:
         eos_id=None if tokenizer is None else tokenizer.eos_id,
         tokenizer=tokenizer,
         cache_folder=Path(cfg.job.dump_folder) / "cache",
+        live_bytes=cfg.training.live_text_mb * 1_000_000,
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megastage.data.durable import StagedFolder, fsync_path, write_atomically
+from megastage.data.durable import StagedFolder, close_discarded, fsync_path, write_atomically
 
 FORMAT = "megastage.packed_memmap"
 VERSION = 1
@@ -200,18 +200,21 @@ class PackedMemmapWriter:
 
     def abort(self) -> None:
         """Drop what was written; an earlier data set of that name is untouched."""
-        self._tokens_file.close()
-        self._documents_file.close()
+        close_discarded(self._tokens_file, self._documents_file)
         self._staged.discard()
 
     def __enter__(self) -> PackedMemmapWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.abort()
+            raise
 
 
 class _PageChecksums:

@@ -89,7 +89,9 @@ def _load(file: Path) -> np.ndarray:
         raise SourceError(f"{file}: not readable as a plain numpy array ({error}); write it again") from None
     if not isinstance(array, np.memmap):
         raise SourceError(f"{file}: not a plain numpy array but {type(array).__name__}; save the array by itself")
-    if array.dtype.kind not in "iub" or array.dtype.newbyteorder("<") != array.dtype:
+    if array.dtype.kind not in "iub":
+        raise SourceError(f"{file}: holds {array.dtype.str}, expected integers; convert it")
+    if array.dtype.newbyteorder("<") != array.dtype:
         raise SourceError(f"{file}: holds {array.dtype.str}, expected little-endian integers; convert it")
     size, wanted = file.stat().st_size, array.offset + array.nbytes
     if size != wanted:
