@@ -142,7 +142,7 @@ class TextChunks:
 
     def _look_ahead(self, chunk: Chunk) -> None:
         """Make what lies behind `chunk`. What goes wrong is raised when the chunk is asked for."""
-        with suppress(SourceError, OSError, _Closed):
+        with suppress(Exception):
             for _ in range(_AHEAD):
                 if chunk.next is not None and not self._closed:
                     chunk = self.open(chunk.next)

@@ -6,9 +6,10 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ from megastage.data.sources.chunks import FIRST, Chunk, ChunkStart, TextChunks, 
 from megastage.data.sources.columnar import encoded_bytes
 from megastage.data.sources.parts import FlatPart, Part, part_ends
 from megastage.data.streams import MAX_STREAMS
+
+K = TypeVar("K")
 
 _OPEN_CHUNKS = 96  # mapped at a time; each holds two files open
 _PACKED_RATIO = 3  # of compressed text, for estimates
@@ -189,6 +192,15 @@ class LiveText(TokenSource):
     def close(self) -> None:
         """Stop making chunks ahead."""
         self._chunks.close()
+
+
+def shared(opened: Mapping[K, TokenSource]) -> dict[K, TokenSource]:
+    """The sources, with one `LiveText` for all paths of one text: what the order has opened, all can read then."""
+    first: dict[bytes, TokenSource] = {}
+    return {
+        key: first.setdefault(source.fingerprint, source) if isinstance(source, LiveText) else source
+        for key, source in opened.items()
+    }
 
 
 def _characters(files: list[Path]) -> int:
