@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comm = cfg.comm
         traces = Path(cfg.job.dump_folder) / comm.save_traces_folder
         runtime.record_collectives(comm.trace_buf_size, traces, comm.save_traces_file_prefix)
+        runtime.set_deterministic(cfg.debug.deterministic, cfg.debug.deterministic_warn_only)
         job = runtime.start(cfg.comm.init_timeout_seconds, cfg.comm.train_timeout_seconds)
         Trainer(cfg, job).run()
         job.close()

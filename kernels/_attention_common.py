@@ -14,7 +14,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Start of the running maximum: finite, so that rows which have seen no key yet never compute inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit(do_not_specialize=["rows", "limit", "q_offset", "window", "entries"])
@@ -73,6 +73,24 @@ def intervals_kernel(
 
 
 @triton.jit
+def query_tile(T, H, BLOCK_M: tl.constexpr):
+    """(first query, head, batch element, batch * head) of this program."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
+    bh = tl.program_id(0) // tiles
+    return tile * BLOCK_M, bh % H, (bh // H).to(tl.int64), bh
+
+
+@triton.jit
+def key_tile(S, kv_heads, BLOCK_N: tl.constexpr):
+    """(first key, key/value head, batch element, last key) of this program."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    start = (tl.program_id(0) % tiles) * BLOCK_N
+    bh = tl.program_id(0) // tiles
+    return start, bh % kv_heads, (bh // kv_heads).to(tl.int64), tl.minimum(start + BLOCK_N, S) - 1
+
+
+@triton.jit
 def tile_bounds(LOW, HIGH, start, last):
     """(low, high) of the first row of a tile and (low, high) of its last one."""
     return tl.load(LOW + start), tl.load(HIGH + start), tl.load(LOW + last), tl.load(HIGH + last)
@@ -120,6 +138,15 @@ def load_rows(
 
 
 @triton.jit
+def load_block(DESC, row, head, stride_head, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [row, row + ROWS) of one head by TMA descriptor, as [ROWS, BLOCK_D]."""
+    if D < BLOCK_D:
+        # a dimension of its own for the head: what lies behind its D columns is never read, and comes as 0
+        return DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
+    return DESC.load([row, head * stride_head])
+
+
+@triton.jit
 def row_pointers(base, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers of the tile that load_rows reads, for a loop that advances them."""
     row = tl.arange(0, ROWS)
@@ -148,15 +175,18 @@ def store_rows(base, start, stride, high, value, ROWS: tl.constexpr, D: tl.const
 
 
 @triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b, added to acc if there is one. PRECISION: as tl.dot takes it for fp32, or "fp64" to sum in that."""
+    if PRECISION == "fp64":
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32) if acc is None else (acc + wide).to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """Hyperbolic tangent; EXACT adds the series near 0, where the quotient cancels in fp32."""
-    y = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+    """Hyperbolic tangent; EXACT: right to the last digits of fp32, where the quotient in fp32 would cancel near 0."""
     if EXACT:
-        z = x * x
-        p = -1382.0 / 155925.0
-        p = p * z + 62.0 / 2835.0
-        p = p * z - 17.0 / 315.0
-        p = p * z + 2.0 / 15.0
-        p = p * z - 1.0 / 3.0
-        y = tl.where(z < 0.04, x + x * z * p, y)
-    return y
+        wide = x.to(tl.float64)
+        return (1.0 - 2.0 / (1.0 + tl.math.exp2(wide * (2.0 * LOG2E)))).to(tl.float32)
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))

@@ -10,8 +10,11 @@ from megastage.kernels._attention_common import (
     LOWEST,
     block_plan,
     cut_block,
+    load_block,
     load_rows,
     load_tile,
+    product,
+    query_tile,
     row_pointers,
     store_rows,
     tanh,
@@ -21,10 +24,15 @@ from megastage.kernels._attention_common import (
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """(scores, factor): scores * factor is in units of log2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    """(scores, factor): scores * factor is in units of log2. fp32 scores are final: their factor is log2(e) alone."""
+    scores = product(q, tl.trans(k), None, PRECISION)
     if SOFTCAP:
-        return tanh(scores * (scale / softcap), q.dtype == tl.float32), softcap * LOG2E
+        capped = tanh(scores * (scale / softcap), q.dtype == tl.float32)
+        if q.dtype == tl.float32:
+            return capped * softcap, LOG2E
+        return capped, softcap * LOG2E
+    if q.dtype == tl.float32:
+        return scores * scale, LOG2E
     return scores, scale * LOG2E
 
 
@@ -33,18 +41,73 @@ def _fold(scores, factor, v, acc, total, top, PRECISION: tl.constexpr):
     """Fold one block of keys into the running softmax.
 
     `total` is [rows, 8]: the partial sums of every 8th column need no exchange between the threads of a row, which
-    each step would otherwise pay for; the caller adds them up at the end.
+    each step would otherwise pay for; the caller adds them up at the end. `top` is in units of log2, but for fp32 in
+    those of the scores: subtracting first keeps the digits that a factor of log2(e) rounds off large scores, for one
+    instruction more.
     """
-    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-    p = tl.math.exp2(scores * factor - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
+    if v.dtype == tl.float32:
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.math.exp2((scores - new_top[:, None]) * factor)
+        shrink = tl.math.exp2((top - new_top) * factor)
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = tl.math.exp2(scores * factor - new_top[:, None])
+        shrink = tl.math.exp2(top - new_top)
     total = total * shrink[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
     acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = product(p.to(v.dtype), v, acc, PRECISION)
     return acc, total, new_top
 
 
 @triton.jit
+def _full_blocks(
+    acc, total, top, q, K_DESC, V_DESC, k_base, v_base, b, kv_head, full_start, full_stop,
+    stride_kb, stride_ks, stride_kh, stride_vs, stride_vh, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the blocks that every query of the tile sees whole: no mask."""
+    if TMA:
+        # one row number for both: the host checks that K and V hold the same number of rows per batch element
+        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
+        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
+            k = load_block(K_DESC, s, kv_head, stride_kh, BLOCK_N, D, BLOCK_D)
+            v = load_block(V_DESC, s, kv_head, stride_vh, BLOCK_N, D, BLOCK_D)
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+    else:
+        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
+        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
+        for _ in range(full_start, full_stop, BLOCK_N):
+            k = load_tile(k_pointers, D, BLOCK_D)
+            v = load_tile(v_pointers, D, BLOCK_D)
+            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+            k_pointers += BLOCK_N * stride_ks
+            v_pointers += BLOCK_N * stride_vs
+    return acc, total, top
+
+
+@triton.jit
+def _cut_blocks(
+    acc, total, top, q, k_base, v_base, low, high, low_first, high_last, full_start, full_stop, cut_left, cut_total,
+    stride_ks, stride_vs, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the blocks that a bound of some query cuts."""
+    cut = tl.arange(0, CUT)
+    for i in range(cut_total):
+        s = cut_block(i, full_start, full_stop, cut_left, CUT)
+        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
+        scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
+        acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["stride_bounds"])
 def attention_forward_kernel(
     K_DESC, V_DESC, Q, K, V, OUT, LSE, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
@@ -58,16 +121,11 @@ def attention_forward_kernel(
     """One program computes BLOCK_M queries of one head.
 
     Q, OUT [B, T, H, D]; K, V [B, S, H / GROUPS, D]; LSE fp32 [B, H, T]; SINK fp32 [H]; LOW, HIGH int32 [B, T].
-    K_DESC, V_DESC: TMA descriptors of K and V as [B, heads, S, D], read only by the loop over full blocks; cut blocks
-    go through pointers, whose mask keeps keys outside the tile's interval (another's padding) out of the products.
+    K_DESC, V_DESC: TMA descriptors of K and V, read only by the loop over full blocks; cut blocks go through pointers,
+    whose mask keeps keys outside the tile's interval (another's padding) out of the products.
     """
-    tiles = tl.cdiv(T, BLOCK_M)
-    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the longest rows come first, for balance
-    bh = tl.program_id(0) // tiles
-    h = bh % H
+    start, h, b, bh = query_tile(T, H, BLOCK_M)
     kv_head = h // GROUPS
-    b = (bh // H).to(tl.int64)
-    start = tile * BLOCK_M
     t = start + tl.arange(0, BLOCK_M)
     last = tl.minimum(start + BLOCK_M, T) - 1
     LOW += b * stride_bounds
@@ -80,45 +138,32 @@ def attention_forward_kernel(
     q = load_rows(Q + b * stride_qb + h.to(tl.int64) * stride_qh, start, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_SINK:
-        top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * LOG2E, LOWEST)
+        unit = 1.0 if q.dtype == tl.float32 else LOG2E
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * unit, LOWEST)
         total = tl.zeros([BLOCK_M, 8], tl.float32) + 0.125
     else:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M, 8], tl.float32)
-    cut = tl.arange(0, CUT)
-    if TMA:
-        # one row number for both: the host checks that K and V hold the same number of rows per batch element
-        first_row = (b * (stride_kb // stride_ks)).to(tl.int32)
-        for s in range(first_row + full_start, first_row + full_stop, BLOCK_N):
-            k = K_DESC.load([s, kv_head * stride_kh])
-            v = V_DESC.load([s, kv_head * stride_vh])
-            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
-    else:
-        k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
-        v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
-        for _ in range(full_start, full_stop, BLOCK_N):
-            k = load_tile(k_pointers, D, BLOCK_D)
-            v = load_tile(v_pointers, D, BLOCK_D)
-            scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-            acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
-            k_pointers += BLOCK_N * stride_ks
-            v_pointers += BLOCK_N * stride_vs
+    acc, total, top = _full_blocks(
+        acc, total, top, q, K_DESC, V_DESC, k_base, v_base, b, kv_head, full_start, full_stop,
+        stride_kb, stride_ks, stride_kh, stride_vs, stride_vh, scale, softcap,
+        D, BLOCK_D, BLOCK_N, SOFTCAP, TMA, PRECISION,
+    )  # fmt: skip
     # the bounds of single rows are needed, and held in registers, only from here on
     low = tl.load(LOW + tl.minimum(t, last))
     high = tl.load(HIGH + tl.minimum(t, last))
-    for i in range(cut_total):
-        s = cut_block(i, full_start, full_stop, cut_left, CUT)
-        k = load_rows(k_base, s, stride_ks, low_first, high_last, CUT, D, BLOCK_D, True)
-        scores, factor = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-        seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        v = load_rows(v_base, s, stride_vs, low_first, high_last, CUT, D, BLOCK_D, True)
-        acc, total, top = _fold(scores, factor, v, acc, total, top, PRECISION)
+    acc, total, top = _cut_blocks(
+        acc, total, top, q, k_base, v_base, low, high, low_first, high_last, full_start, full_stop, cut_left, cut_total,
+        stride_ks, stride_vs, scale, softcap, D, BLOCK_D, CUT, SOFTCAP, PRECISION,
+    )  # fmt: skip
     total = tl.sum(total, 1)
     empty = low >= high
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
     store_rows(OUT + b * stride_ob + h.to(tl.int64) * stride_oh, start, stride_ot, T, out, BLOCK_M, D, BLOCK_D)
-    lse = tl.where(empty, float("-inf"), (top + tl.math.log2(total)) * (1.0 / LOG2E))
+    if q.dtype == tl.float32:
+        lse = top + tl.math.log2(total) * (1.0 / LOG2E)
+    else:
+        lse = (top + tl.math.log2(total)) * (1.0 / LOG2E)
+    lse = tl.where(empty, float("-inf"), lse)
     tl.store(LSE + bh.to(tl.int64) * T + t, lse, mask=t < T)

@@ -33,10 +33,10 @@ def forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = (_rows(x) for x in (q, k, v))
-    tiles = _tiles("forward", q, (k, v), geometry.softcap > 0)
-    shared = _shared(geometry, D, tiles, q.dtype)
+    tiles = _tiles("forward", q, geometry)
+    shared = _shared(geometry, q, tiles)
     with _device(q):
+        q, (k, v) = _readable(q), _streamed(k, v, tiles.tma)
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         attention_forward_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
             *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, out, lse,
@@ -59,27 +59,29 @@ def backward(
     dsink = q.new_zeros(0) if sink is None else torch.zeros_like(sink)
     if q.numel() == 0 or S == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsink
-    dout, q, k, v, out = (_rows(x) for x in (dout, q, k, v, out))
+    dq_tiles, dkv_tiles = (_tiles(kernel, q, geometry) for kernel in ("dq", "dkv"))
+    dq_shared, dkv_shared = (_shared(geometry, q, tiles) for tiles in (dq_tiles, dkv_tiles))
     lse2, delta = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(2))
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (T, S, H, H // K, geometry.scale, geometry.softcap)
     with _device(q):
-        backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
-            out, dout, lse, None if dlse is None else dlse.float().contiguous(), lse2, delta,
-            *out.stride()[:3], *dout.stride()[:3], T, H,
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
-        )  # fmt: skip
-        tiles = _tiles("dq", q, (k, v), geometry.softcap > 0)
+        out, (q, dout) = _readable(out), _streamed(q, dout, dkv_tiles.tma)
+        k, v = _streamed(k, v, dq_tiles.tma)
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
-        backward_kernels.attention_dq_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
-            *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
-            *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
+        backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
+            out, dout, lse.contiguous(), None if dlse is None else dlse.float().contiguous(), lse2, delta,
+            low, high, *out.stride()[:3], *dout.stride()[:3], stride_bounds, T, H,
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
+            LONE=sink is None and q.dtype == torch.float32, enable_fp_fusion=True,
         )  # fmt: skip
-        tiles = _tiles("dkv", q, (q, dout), geometry.softcap > 0)
+        backward_kernels.attention_dq_kernel[(triton.cdiv(T, dq_tiles.block_m) * B * H,)](
+            *_descriptors((k, v), dq_tiles.block_n, dq_tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
+            *strides, *dq.stride()[:3], stride_bounds, *sizes, **dq_shared,
+        )  # fmt: skip
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
-        backward_kernels.attention_dkv_kernel[(triton.cdiv(S, tiles.block_n) * B * K,)](
-            *_descriptors((q, dout), tiles.block_m, tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
-            *strides, *dk.stride()[:3], stride_bounds, *sizes, **_shared(geometry, D, tiles, q.dtype),
+        backward_kernels.attention_dkv_kernel[(triton.cdiv(S, dkv_tiles.block_n) * B * K,)](
+            *_descriptors((q, dout), dkv_tiles.block_m, dkv_tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
+            *strides, *dk.stride()[:3], stride_bounds, *sizes, **dkv_shared,
         )  # fmt: skip
     if sink is not None:
         dsink = sink_gradient(lse, delta, sink).to(sink.dtype)
@@ -98,19 +100,15 @@ def intervals(
         cu_seqlens, low, high, 0 if cu_seqlens is None else cu_seqlens.stride(0),
         rows, limit, geometry.q_offset, geometry.window, entries,
         STEPS=entries.bit_length(), CAUSAL=geometry.causal, WINDOWED=geometry.window > 0, FOR_KEYS=for_keys,
-        BLOCK=INTERVAL_BLOCK,
+        BLOCK=INTERVAL_BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
     return low, high, 0 if cu_seqlens is None else rows
 
 
-def _tiles(kernel: str, q: Tensor, streamed: tuple[Tensor, Tensor], softcap: bool) -> tuning.Tiles:
-    bits = 32 if q.dtype == torch.float32 else 16
+def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> tuning.Tiles:
     arch = tuning.architecture(q.device.type, q.device.index)
     D = q.shape[3]
-    tiles = tuning.lookup(kernel, arch, bits, padded(D), softcap, padded(D) > D)
-    one, two = (_rows_per_batch(x) for x in streamed)
-    fits = one is not None and (one == two or (two is not None and kernel == "dkv"))
-    return tiles._replace(tma=tiles.tma and fits)
+    return tuning.lookup(kernel, arch, q.dtype, padded(D), geometry.softcap > 0, padded(D) > D)
 
 
 def padded(D: int) -> int:
@@ -118,9 +116,10 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def _shared(geometry: Geometry, D: int, tiles: tuning.Tiles, dtype: torch.dtype) -> dict:
+def _shared(geometry: Geometry, q: Tensor, tiles: tuning.Tiles) -> dict:
     """Compile-time arguments and launch options that the three main kernels have in common."""
-    precision = tuning.precision("gfx942" if torch.version.hip else "", dtype == torch.float32)
+    D = q.shape[3]
+    precision = tuning.precision(tuning.architecture(q.device.type, q.device.index), q.dtype == torch.float32)
     return {
         "D": D, "BLOCK_D": padded(D), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "CUT": tiles.cut,
         "SOFTCAP": geometry.softcap > 0, "TMA": tiles.tma, "PRECISION": precision,
@@ -128,31 +127,60 @@ def _shared(geometry: Geometry, D: int, tiles: tuning.Tiles, dtype: torch.dtype)
     }  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with a dense last dimension and a row stride that 32-bit offsets inside a tile can hold."""
-    return x if x.stride(-1) == 1 and x.stride(1) <= MAX_ROW_STRIDE else x.contiguous()
+def _streamed(first: Tensor, second: Tensor, tma: bool) -> tuple[Tensor, Tensor]:
+    """The two tensors that a main loop reads, as `_readable`; for TMA with equally many rows per batch element."""
+    first, second = _readable(first, tma), _readable(second, tma)
+    if tma and first.stride(0) // first.stride(1) != second.stride(0) // second.stride(1):
+        first, second = _copy(first), _copy(second)
+    return first, second
 
 
-def _rows_per_batch(x: Tensor) -> int | None:
-    """Rows from one batch element to the next if TMA can read x as a matrix of rows, else None.
+def _readable(x: Tensor, tma: bool = False) -> Tensor:
+    """x if the kernels can read it with wide loads (and `tma`: by descriptor), else a copy with such a layout.
 
-    That takes 16-byte aligned rows that go on evenly from one batch element to the next.
+    Triton knows an alignment only in steps of 16 elements: with other strides every load is narrow and no loop is
+    pipelined, which costs far more than a copy. Head dimensions that are no multiple of 16 are therefore copied to
+    rows with a gap behind each head, and so are expanded or transposed gradients.
     """
-    rows, step = x.stride(1), 16 // x.element_size()
-    if rows <= 0 or rows % step or x.stride(0) % rows or x.data_ptr() % 16:
-        return None
-    return x.stride(0) // rows
+    strides = x.stride()
+    wide = strides[3] == 1 and all(stride % 16 == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0
+    if wide and strides[1] <= MAX_ROW_STRIDE and (not tma or _is_matrix(x)):
+        return x
+    return _copy(x)
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether all heads of a token lie in one row, and rows go on evenly from one batch element to the next."""
+    B, _, heads, D = x.shape
+    batch, row, head, _ = x.stride()
+    return row > 0 and (heads - 1) * head + D <= row and (heads == 1 or head >= D) and (B == 1 or batch % row == 0)
+
+
+def _copy(x: Tensor) -> Tensor:
+    B, N, heads, D = x.shape
+    room = torch.empty((B, N, heads, 16 * triton.cdiv(D, 16)), dtype=x.dtype, device=x.device)
+    return room[..., :D].copy_(x)
 
 
 def _descriptors(tensors: tuple[Tensor, Tensor], rows: int, tma: bool) -> list[TensorDescriptor | None]:
-    """Descriptors of [B, N, heads, D] tensors as matrices: row b * rows_per_batch + n, column head * its stride."""
+    """Descriptors of [B, N, heads, D] tensors as matrices of rows (b * rows per batch element + n).
+
+    Columns are those of all heads; where tiles are wider than a head, heads are a dimension of their own, so that what
+    lies behind one reads as 0.
+    """
     if not tma:
         return [None, None]
     found: list[TensorDescriptor | None] = []
     for x in tensors:
         B, N, heads, D = x.shape
-        shape = [(B - 1) * (x.stride(0) // x.stride(1)) + N, (heads - 1) * x.stride(2) + D]
-        found.append(TensorDescriptor(x, shape, [x.stride(1), 1], [rows, padded(D)]))
+        batch, row, head, _ = x.stride()
+        height = (B - 1) * (batch // row) + N
+        if padded(D) == D:
+            found.append(TensorDescriptor(x, [height, (heads - 1) * head + D], [row, 1], [rows, D]))
+        else:
+            found.append(
+                TensorDescriptor(x, [height, heads, D], [row, head if heads > 1 else row, 1], [rows, 1, padded(D)])
+            )
     return found
 
 

@@ -1,8 +1,9 @@
 """Tile shapes and launch options of the attention kernels, as data: tuning/flash_attention.json.
 
-Keyed by architecture, element width in bits, padded head dimension and kernel. An entry may hold changes for a Triton
-minor version under "triton" (the compilers differ in what they spill), and for head dimensions below the tile's width
-("padded") and softcap, which need more registers.
+Keyed by architecture, element width in bits (bf16 and fp16 make the same code), padded head dimension and kernel. An
+entry may hold changes for a Triton minor version under "triton" (the compilers differ in what they spill), and for head
+dimensions below the tile's width ("padded") and softcap, which need more registers. What `tools/tune_kernels.py`
+measured on a GPU stands beside it in attention_*.json, in the form of table.py, and is laid over it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
+
+from megastage.kernels.launch import TRITON_MINOR
+from megastage.kernels.tuning import table
 
 TABLE = Path(__file__).parent / "tuning" / "flash_attention.json"
 KERNELS = ("forward", "dq", "dkv")
@@ -33,19 +36,34 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def table() -> dict:
+def shipped_table() -> dict:
     return json.loads(TABLE.read_text())
 
 
+def lookup(
+    kernel: str, arch: str, dtype: torch.dtype, block_d: int, softcap: bool = False, padded: bool = False
+) -> Tiles:
+    """Settings of one kernel: what is being tried, what was measured for exactly this, or the shipped entry."""
+    op = f"attention_{kernel}"
+    config = table.FORCED.get(op)
+    if config is None:
+        plain = not softcap and not padded
+        config = table.exact(op, arch, TRITON_MINOR, dtype, block_d) if plain else {}
+    shipped = _shipped(kernel, arch, 32 if dtype == torch.float32 else 16, block_d, softcap, padded)
+    if not config:
+        return shipped
+    changed = {**shipped._asdict(), **config}
+    return Tiles(**{**changed, "tma": bool(changed["tma"])})
+
+
 @functools.cache
-def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = False, padded: bool = False) -> Tiles:
-    """Entry for one kernel; smaller head dimensions than the table's smallest use that one."""
-    heads = table()[arch][str(bits)]
+def _shipped(kernel: str, arch: str, bits: int, block_d: int, softcap: bool, padded: bool) -> Tiles:
+    """Smaller head dimensions than the table's smallest use that one."""
+    heads = shipped_table()[arch][str(bits)]
     width = min(int(d) for d in heads if int(d) >= block_d)
     entry = dict(heads[str(width)][kernel])
-    minor = ".".join(triton.__version__.split(".")[:2])
     changes = {key: entry.pop(key, {}) for key in ("triton", "padded", "softcap")}
-    entry.update(changes["triton"].get(minor, {}))
+    entry.update(changes["triton"].get(TRITON_MINOR, {}))
     if padded:
         entry.update(changes["padded"])
     if softcap:
@@ -55,8 +73,14 @@ def lookup(kernel: str, arch: str, bits: int, block_d: int, softcap: bool = Fals
 
 
 def precision(arch: str, fp32: bool) -> str:
-    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on tensor cores."""
-    return "tf32" if not fp32 else "ieee" if arch.startswith("gfx") else "tf32x3"
+    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on NVIDIA's tensor cores.
+
+    The interpreter's are NumPy's, which round one and the same product differently in tiles of other shapes, so that
+    backward would not find forward's scores again; tensor cores do not. Summed in fp64 they are alike.
+    """
+    if not fp32:
+        return "tf32"
+    return "fp64" if arch == "interpreter" else "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
 @functools.cache

@@ -5,13 +5,16 @@ no Triton matrix kernel reaches its rate on every architecture."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megastage.kernels.launch import settings, settings_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import settings_for
+from megastage.kernels.linear_cross_entropy import IGNORE, Rows
+from megastage.kernels.registry import GateCase
 from megastage.kernels.tuning import table
 
 DEFAULT = {"block": 4096, "num_warps": 8}
@@ -48,24 +51,26 @@ def cross_entropy_statistics_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits_ptr, labels_ptr, peak_ptr, factor_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, labels_ptr, peak_ptr, inverse_ptr, pull_ptr, grad_ptr, W, first,
+    IGNORE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """WIDE: the type of the arithmetic, fp64 where the gradient is stored in fp32 (bound by memory either way)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < W
     peak = tl.load(peak_ptr + row)
-    factor = tl.load(factor_ptr + row)
+    inverse = tl.load(inverse_ptr + row)
+    pull = tl.load(pull_ptr + row)
     label = tl.load(labels_ptr + row)
     target = tl.where(label == IGNORE, -1, label - first)
-    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(tl.float32)
-    grad = factor * tl.exp(x - peak) - tl.where(cols == target, 1.0, 0.0)
+    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(WIDE)
+    p = tl.exp(x - peak) * inverse
+    grad = (p - tl.where(cols == target, 1.0, 0.0)) + p * pull
     tl.store(grad_ptr + row * W + cols, grad.to(grad_ptr.dtype.element_ty), inside)
 
 
 def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     peak_C = torch.empty(C, dtype=torch.float32, device=logits_CW.device)
     sums_C3 = torch.empty((C, 3), dtype=torch.float32, device=logits_CW.device)
@@ -78,20 +83,17 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     return peak_C, sums_C3
 
 
-def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
-) -> Tensor:
+def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, dtype: torch.dtype) -> Tensor:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
     config = settings_for("cross_entropy_gradient", logits_CW, W, DEFAULT)
     block = _block(config, W)
     with torch.cuda.device_of(logits_CW):
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
-            logits_CW, labels_C.contiguous(), peak_C.contiguous(), factor_C.contiguous(), grad_CW, W, first,
-            IGNORE=IGNORE, BLOCK=block, num_warps=config["num_warps"],
+            logits_CW, labels_C.contiguous(), *(x.contiguous() for x in stats), grad_CW, W, first,
+            IGNORE=IGNORE, BLOCK=block, WIDE=tl.float64 if dtype == torch.float32 else tl.float32,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return grad_CW
 
@@ -100,17 +102,11 @@ def _block(config: dict[str, int], W: int) -> int:
     return min(config["block"], max(32, triton.next_power_of_2(W)))
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    kernels = (
-        ("cross_entropy_statistics", cross_entropy_statistics_kernel),
-        ("cross_entropy_gradient", cross_entropy_gradient_kernel),
-    )
-    for op, fn in kernels:
-        for W in table.dims(op, arch, 131072):
-            config = settings(op, arch, torch.float32, W, DEFAULT)
-            types = {name: "*fp32:16" for name in fn.arg_names if name.endswith("_ptr")}
-            types |= {"labels_ptr": "*i64:16", "grad_ptr": "*bf16:16", "W": "i32:16", "first": "i32:16"}
-            constants = {"IGNORE": -100, "BLOCK": config["block"]}
-            specs.append(KernelSpec(op, f"w{W}", arch, fn, types, constants, config["num_warps"], 3))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(W: int) -> None:
+        logits, labels = torch.zeros(16, W), torch.zeros(16, dtype=torch.int64)
+        peak, sums = tile_statistics(logits, labels, 0)
+        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), torch.bfloat16)
+
+    sizes = {*table.dims("cross_entropy_statistics", arch, 131072), *table.dims("cross_entropy_gradient", arch)}
+    return [GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)]

@@ -86,6 +86,9 @@ def _check(
         raise ValueError(f"attention: head dimension {q.shape[3]} is outside 1..{MAX_HEAD_DIM}")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise ValueError(f"attention: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one floating dtype")
+    devices = {x.device for x in (q, k, v, cu_seqlens, sink) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"attention: tensors on {', '.join(sorted(map(str, devices)))}: they must share one device")
     if cu_seqlens is not None and (cu_seqlens.dim() != 2 or cu_seqlens.shape[0] != q.shape[0]):
         raise ValueError(f"attention: cu_seqlens {list(cu_seqlens.shape)}: expected [B={q.shape[0]}, bounds]")
     if sink is not None and sink.shape != (q.shape[2],):

@@ -4,6 +4,7 @@ numbers give the same bits."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -11,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megastage.kernels import multi_tensor
-from megastage.kernels.launch import settings, settings_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import settings_for
+from megastage.kernels.registry import GateCase
 
 DEFAULT = {"block": 8192, "num_warps": 8}
 TL_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -50,15 +51,9 @@ def partial_sums(tensors: Sequence[Tensor]) -> Tensor:
     return partial
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    for name, dtype, fast in (("bf16", torch.bfloat16, True), ("fp32", torch.float32, False)):
-        config = settings("global_norm", arch, dtype, 0, DEFAULT)
-        types = {"addresses_ptr": "*i64:16", "parts_ptr": "*i64:16", "partial_ptr": "*fp32:16"}
-        constants = {"DTYPE": TL_TYPES[dtype], "ALIGNED": True, "BLOCK": config["block"]}
-        specs.append(
-            KernelSpec(
-                "global_norm", name, arch, sum_of_squares_kernel, types, constants, config["num_warps"], fast=fast
-            )
-        )
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return [
+        GateCase(name, partial(partial_sums, [torch.zeros(65536, dtype=dtype)]), fast=name == "bf16")
+        for name, dtype in dtypes.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from megastage.kernels import multi_tensor
 from megastage.kernels.global_norm_triton import TL_TYPES
-from megastage.kernels.launch import settings, settings_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import settings_for
+from megastage.kernels.registry import GateCase
 
 DEFAULT = {"block": 1024, "num_warps": 4}
 
@@ -126,14 +127,10 @@ def step_(
         )  # fmt: skip
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    forms = (("fp32", torch.float32, torch.float32, False), ("bf16 stochastic", torch.bfloat16, torch.bfloat16, True))
-    for case, param, state, stochastic in forms:
-        config = settings("adamw", arch, param, 0, DEFAULT)
-        types = {"addresses_ptr": "*i64:16", "parts_ptr": "*i64:16", "scale_ptr": "*fp32:16", "seed": "i32"}
-        types |= {name: "fp32" for name in adamw_kernel.arg_names if name.islower() and name not in types}
-        constants = {"PARAM": TL_TYPES[param], "GRAD": TL_TYPES[param], "STATE": TL_TYPES[state], "SCALED": True}
-        constants |= {"STOCHASTIC": stochastic, "ALIGNED": True, "BLOCK": config["block"]}
-        specs.append(KernelSpec("adamw", case, arch, adamw_kernel, types, constants, config["num_warps"]))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(dtype: torch.dtype, stochastic: bool) -> None:
+        flat = [torch.zeros(65536, dtype=dtype)]
+        step_(flat, flat, flat, flat, torch.ones(()), (0.5,) * 7, stochastic, 7)
+
+    forms = (("fp32", torch.float32, False), ("bf16 stochastic", torch.bfloat16, True))
+    return [GateCase(name, partial(call, dtype, stochastic)) for name, dtype, stochastic in forms]

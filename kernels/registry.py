@@ -1,19 +1,20 @@
-"""Every compiled form of every kernel that the package ships, so that all can be compiled and judged without a GPU.
+"""What the package launches, as calls whose compiled kernels are all to be built and judged without a GPU.
 
-A kernel module `X_triton.py` (for attention `flash_attention_specs.py`) offers `gate_specs(arch) -> list[KernelSpec]`:
-what it would launch on that architecture in bf16, taken from the same tuning tables as the launch itself.
+A kernel module `X_triton.py` (for attention `flash_attention_cases.py`) offers `gate_cases(arch) -> list[GateCase]`.
+The gate makes each call on small CPU tensors, notes every launch with the types, alignments and settings that Triton
+derives from its arguments, and compiles exactly that: what is judged is what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 MODULES = (
-    "flash_attention_specs",
+    "flash_attention_cases",
     "rms_norm_triton",
     "rope_triton",
     "swiglu_triton",
@@ -24,13 +25,27 @@ MODULES = (
 
 
 @dataclass(frozen=True)
+class GateCase:
+    """`call` launches kernels on CPU tensors of its own, as `name` says ("bf16 D128").
+
+    fast: part of the quick selection. exact: an fp32 form, for checks and small models: it must compile and fit on the
+    chip, but is not held to the speed rules, which are those of 16-bit tensor cores.
+    """
+
+    name: str
+    call: Callable[[], object]
+    fast: bool = True
+    exact: bool = False
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """One compiled form of a kernel.
 
-    signature: argument name to ahead-of-time type, "<type>[:16]" ("*bf16:16", "i32", "i64:16"; ":16" promises
-    divisibility by 16, ":1" the constant 1, "None" an absent argument). constants: the tl.constexpr arguments.
-    tensor: the main loop works on tensor cores, so pipelining is judged. scalar: works on small index arrays, so the
-    width of its loads is not judged. fast: part of the quick selection.
+    signature: argument name to "<type>[:promises]" ("*bf16:16", "i32", "i64:16", "*bf16:16,range32"; 16 promises
+    divisibility by 16, range32 a tensor below 2 GiB, 1 the constant 1; "None" is an absent argument). constants: the
+    tl.constexpr arguments. tensor: the main loop works on tensor cores, so pipelining is judged. scalar: works on small
+    index arrays, so the width of its loads is not judged. fast, exact: as in GateCase.
     """
 
     kernel: str
@@ -44,6 +59,7 @@ class KernelSpec:
     tensor: bool = False
     scalar: bool = False
     fast: bool = True
+    exact: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,14 +67,13 @@ class KernelSpec:
         return f"{self.kernel} [{self.case}] {self.arch}"
 
 
-def all_specs(architectures: Iterable[str] = ARCHITECTURES, *, fast: bool = False) -> list[KernelSpec]:
-    """The specs of every kernel module; imports Triton. fast: only the quick selection."""
-    specs = []
-    for module_name in MODULES:
-        path = f"megastage.kernels.{module_name}"
-        module = import_module(path)
-        for arch in architectures:
-            specs += [spec for spec in module.gate_specs(arch) if spec.fast or not fast]
-    names = [spec.name for spec in specs]
-    assert len(set(names)) == len(names), "two kernel specs have one name"
-    return specs
+def all_cases(architectures: Iterable[str] = ARCHITECTURES, *, fast: bool = False) -> list[tuple[str, GateCase]]:
+    """(architecture, case) of every kernel module; imports Triton. fast: only the quick selection."""
+    modules = [import_module(f"megastage.kernels.{name}") for name in MODULES]
+    return [
+        (arch, case)
+        for module in modules
+        for arch in architectures
+        for case in module.gate_cases(arch)
+        if case.fast or not fast
+    ]

@@ -4,6 +4,7 @@ so slices of a fused projection need no copy."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -11,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megastage.kernels.launch import settings, settings_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import settings_for
+from megastage.kernels.registry import GateCase
 from megastage.kernels.tuning import table
 
 DEFAULT = {"heads": 16, "num_warps": 4}
@@ -89,19 +90,13 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    for D, inverse in product(table.dims("rope", arch, 64, 80, 128), (False, True)):
-        config = settings("rope", arch, torch.bfloat16, D, DEFAULT)
-        types = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), "*bf16:16")
-        types |= {"cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "positions_ptr": "*i64:16"}
-        types |= {"T": "i32:16", "P": "i32:16", "H": "i32:16", "K": "i32", "position_b": "i32:16", "position_t": "1"}
-        # strides that are multiples of 16: head dims 64, 80, 128 all are
-        types |= {name: "i32:16" for name in rope_kernel.arg_names if "_" in name and name not in types}
-        types |= {"position_t": "i32:1", "table_stride": "i32:16" if D % 32 == 0 else "i32"}
-        constants = {"F": D // 2, "BLOCK": triton.next_power_of_2(D // 2), "INVERSE": inverse}
-        constants |= {"HEADS": _heads(config, 32), "KV_HEADS": _heads(config, 8)}
-        case = f"d{D}{' backward' if inverse else ''}"
-        fast = D in (64, 128)
-        specs.append(KernelSpec("rope", case, arch, rope_kernel, types, constants, config["num_warps"], fast=fast))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(D: int, inverse: bool) -> None:
+        q, k = (torch.zeros(1, 64, heads, D, dtype=torch.bfloat16) for heads in (32, 8))
+        angles = torch.zeros(64, D // 2)
+        rotate(q, k, angles, angles, torch.arange(64)[None], inverse, q, k)
+
+    return [
+        GateCase(f"d{D}{' backward' if inverse else ''}", partial(call, D, inverse), fast=D in (64, 128))
+        for D, inverse in product(table.dims("rope", arch, 64, 80, 128), (False, True))
+    ]

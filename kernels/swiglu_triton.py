@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megastage.kernels.launch import rows_of, settings, settings_for
-from megastage.kernels.registry import KernelSpec
+from megastage.kernels.launch import rows_of, settings_for
+from megastage.kernels.registry import GateCase
 from megastage.kernels.tuning import table
 
 DEFAULT = {"block": 2048, "num_warps": 4}
@@ -76,11 +78,11 @@ def _launch(op: str, x_NF: Tensor) -> tuple[tuple[int, int], int, int]:
     return (N, triton.cdiv(F, block)), block, config["num_warps"]
 
 
-def gate_specs(arch: str) -> list[KernelSpec]:
-    specs = []
-    for op, fn in (("swiglu", swiglu_forward_kernel), ("swiglu_backward", swiglu_backward_kernel)):
-        for F in table.dims(op, arch, 14336):
-            config = settings(op, arch, torch.bfloat16, F, DEFAULT)
-            types = {name: "*bf16:16" if name.endswith("_ptr") else "i32:16" for name in fn.arg_names}
-            specs.append(KernelSpec(op, f"f{F}", arch, fn, types, {"BLOCK": config["block"]}, config["num_warps"]))
-    return specs
+def gate_cases(arch: str) -> list[GateCase]:
+    def call(F: int) -> None:
+        x = torch.zeros(16, F, dtype=torch.bfloat16)
+        forward(x, x)
+        backward(x, x, x)
+
+    sizes = {*table.dims("swiglu", arch, 14336), *table.dims("swiglu_backward", arch)}
+    return [GateCase(f"f{F}", partial(call, F)) for F in sorted(sizes)]

@@ -31,6 +31,14 @@ def apply(trainer: Trainer, stage: Stage) -> None:
     trainer.runner = build.make_runner(trainer.cfg, trainer.model, mesh, stage, trainer.runtime.device)
     trainer.stage = stage
     collect_garbage(trainer.runtime.device)
+    connect(trainer)
+
+
+def connect(trainer: Trainer) -> None:
+    """One small collective on every group that the stage's updates use: the first may be slow to connect, and shall
+    not be so inside a timed update, or between the messages of a pipeline."""
+    groups = [dist.group.WORLD, *(trainer.mesh.group(name) for name in ("data", "rep", "shard", "tp", "pp"))]
+    groups += [group for group in (trainer.context.group, trainer.model.tied.group) if group is not None]
     warm = torch.zeros(1, device=trainer.runtime.device)
-    for name in ("data", "tp", "pp"):  # a first collective may be slow to connect: not inside a timed step
-        dist.all_reduce(warm, group=mesh.group(name))
+    for group in groups:
+        dist.all_reduce(warm, group=group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from megastage.build import Model
 from megastage.checkpoint.agreement import Ranks
-from megastage.checkpoint.hf import export_hf
+from megastage.checkpoint.hf import export_hf, unfinished
 from megastage.config.layout import pipeline_layers
 from megastage.config.schema import Config
 from megastage.data.tokenizer import Tokenizer
@@ -80,8 +81,9 @@ def write(
             assert tensor is not None
             return tensor
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _clear_half_done(folder)
             export_hf(
                 folder, replace(model.cfg, rope=stage.rope), read, dtype=dtype, max_positions=stage.seq_len,
                 eos_id=None if tokenizer is None else tokenizer.eos_id,
@@ -93,6 +95,14 @@ def write(
         pass
     Ranks(rt.control).agree(error)
     log.info("Exported the weights to %s (%s)", folder, cfg.checkpoint.export_dtype)
+
+
+def _clear_half_done(folder: Path) -> None:
+    """Remove what a run killed while it exported has left, or none that goes on from there could end."""
+    work = unfinished(folder)
+    if work.exists():
+        shutil.rmtree(work)
+        log.info("%s was left half-done by an earlier run: removed", work)
 
 
 def tokenizer_files(path: str | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:

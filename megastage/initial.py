@@ -45,7 +45,10 @@ def fill(cfg: Config, rt: Runtime, model: Model, seed: int) -> None:
 @torch.no_grad()
 def _from_hugging_face(model: Model, path: str) -> None:
     """Copy this rank's window of each parameter; only the rows it holds are read."""
-    folder = open_hf(path)
+    try:
+        folder = open_hf(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint.initial_load_in_hf: {error}") from error
     _require_equal(folder.cfg, model.cfg, path)
     for name, parameter in model.parameters.items():
         assert isinstance(parameter, DTensor)

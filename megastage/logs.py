@@ -44,7 +44,7 @@ def step_line(record: Mapping[str, Any], steps: int, *, colors: bool = False) ->
     parts = [
         f"step {record['step']:>{width}}/{steps}",
         f"stage {record['stage']}",
-        f"loss {record['loss']:.4f}",
+        f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss n/a",
         f"grad_norm {record['grad_norm']:.4f}",
         f"lr {record['lr']:.3e}",
         f"tokens/s {record['tokens_per_s']:,.0f}",
@@ -70,7 +70,8 @@ class Progress:
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and stage."""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{record['stage']} loss {record['loss']:.3f}", refresh=False)
+            loss = "n/a" if record["loss"] is None else f"{record['loss']:.3f}"
+            self.bar.set_postfix_str(f"{record['stage']} loss {loss}", refresh=False)
             self.bar.update(1)
 
     def close(self) -> None:

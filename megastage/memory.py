@@ -79,7 +79,7 @@ def saved_bytes(
     whether tensor parallelism saves the gathered inputs of `attention` and `feed_forward`, rather than gathering them
     again in backward. Keys and values are saved for the whole row, hence times cp.
     """
-    q_dim, kv_dim = cfg.n_heads * cfg.head_dim / tp, cfg.n_kv_heads * cfg.head_dim / tp
+    q_dim, kv_dim = cfg.n_heads * cfg.head_dim / tp, max(cfg.n_kv_heads / tp, 1) * cfg.head_dim
     ffn, share = cfg.ffn_dim / tp, cfg.dim / tp
     lse = 4 * cfg.n_heads / tp  # fp32, whatever the rest
     if not recomputes(position, *recompute):
@@ -190,7 +190,11 @@ def _group_elements(cfg: ModelConfig, tp: int, n_layers: int, first: bool, last:
     """Elements per tensor-parallel rank of each FSDP group: the root (embedding, final norm, head), then the layers."""
     table = -(-cfg.vocab_size // tp) * cfg.dim
     tables = first + last - (first and last and cfg.tied_embeddings)
-    layer = sum(math.prod(shape) // (tp if len(shape) == 2 else 1) for shape in layer_shapes(cfg).values())
+    whole = ("wk", "wv") if tp > cfg.n_kv_heads else ()  # then every rank holds all of them, as it does the norms
+    layer = sum(
+        math.prod(shape) // (1 if len(shape) == 1 or name.split(".")[-2] in whole else tp)
+        for name, shape in layer_shapes(cfg).items()
+    )
     return [tables * table + (cfg.dim if last else 0)] + [layer] * n_layers
 
 

@@ -135,7 +135,8 @@ def open_checkpoints(cfg: Config, rt: Runtime) -> CheckpointManager | None:
     if not settings.enable:
         return None
     folder = Path(cfg.job.dump_folder) / settings.folder
-    runtime.make_writable(str(folder), "checkpoint.folder", rt.is_main)
+    if not settings.load_only:
+        runtime.make_writable(str(folder), "checkpoint.folder", rt.is_main)
     return CheckpointManager(
         folder,
         group=rt.checkpoint,

@@ -145,9 +145,13 @@ def seed_everything(seed: int) -> None:
 
 
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
-    """Ask torch for bit-reproducible kernels (CUDA needs CUBLAS_WORKSPACE_CONFIG, set here before first use)."""
+    """Ask for bit-reproducible kernels and collectives. Call before `start`: cuBLAS and NCCL read the environment once.
+
+    NCCL's reductions inside the switch (NVLink SHARP) add in an order that isn't fixed; its rings and trees do.
+    """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
 

@@ -18,7 +18,7 @@ from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
 from megastage.data.engine import DataEngine
 from megastage.data.sources.base import SourceOptions
-from megastage.data.tokenizer import Tokenizer, load_tokenizer
+from megastage.data.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from megastage.describe import layout_line, model_line
 from megastage.kernels.dispatch import use_triton
 from megastage.logs import log
@@ -57,7 +57,6 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
 
     Raises ValueError (on every rank) for input that can't be used.
     """
-    runtime.set_deterministic(cfg.debug.deterministic, cfg.debug.deterministic_warn_only)
     runtime.make_writable(cfg.job.dump_folder, "job.dump_folder", rt.is_main)
     layout = resolve_layout(cfg, rt.world_size)
     tokenizer = open_tokenizer(cfg)
@@ -112,18 +111,18 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
 
 
 def open_tokenizer(cfg: Config) -> Tokenizer | None:
-    """The tokenizer at model.hf_assets_path; None without one, or where the path is absent and no text is read."""
+    """The tokenizer at model.hf_assets_path; None without one, or where none lies there and no text is read."""
     path = cfg.model.hf_assets_path
     if path is None:
         return None
     types = {cfg.training.dataset_type, *(stage.dataset_type for stage in cfg.training.data_stages)}
     types |= {cfg.validation.dataset_type} if cfg.validation.enable else set()
-    if not Path(path).exists() and "huggingface" not in types:
-        log.info("Note: model.hf_assets_path = %r does not exist; no stage reads text, so it is not needed", path)
-        return None
     try:
         return load_tokenizer(path)
     except ValueError as error:
+        if isinstance(error, NoTokenizer) and "huggingface" not in types:
+            log.info("Note: model.hf_assets_path = %r holds no tokenizer; no stage reads text, so none is needed", path)
+            return None
         raise ValueError(f'model.hf_assets_path = "{path}": {error}') from error
 
 
@@ -212,10 +211,10 @@ def open_sinks(cfg: Config, rt: Runtime, done_steps: int) -> list[Sink]:
     """Where metrics go: metrics.jsonl on rank 0, and what [metrics] asks for on top."""
     folder = Path(cfg.job.dump_folder)
     sinks: list[Sink] = []
-    if rt.is_main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", done_steps))
-    elif cfg.metrics.save_for_all_ranks:
-        sinks.append(JsonLines(folder / f"metrics-rank{rt.rank}.jsonl", done_steps))
+    if rt.is_main or cfg.metrics.save_for_all_ranks:
+        name = "metrics.jsonl" if rt.is_main else f"metrics-rank{rt.rank}.jsonl"
+        rewound = cfg.checkpoint.load_step >= 0 and rt.restarts == 0
+        sinks.append(JsonLines(folder / name, done_steps, rewound=rewound))
     if rt.is_main or cfg.metrics.save_for_all_ranks:
         if cfg.metrics.enable_tensorboard:
             mine = "" if rt.is_main else f"rank{rt.rank}"

@@ -5,9 +5,12 @@
     python tools/kernel_gate.py                              everything
     python tools/kernel_gate.py --triton DIR                 with another Triton, installed beside the environment by
                                                              `pip install --no-deps --target DIR triton==3.9.0`
+    python tools/kernel_gate.py --json A.json                all figures; `python tools/kernel_tables.py A.json B.json`
+                                                             makes docs/kernels-gate.md of two Tritons' files
 A kernel fails if it does not compile, spills registers (in the tensor loops; anywhere for kernels without), has its
-wgmma serialised, feeds a tensor loop by plain loads, loads narrowly, or does not fit on a multiprocessor. Figures of
-an unchanged source come from the cache.
+wgmma serialised, feeds a tensor loop by plain loads, loads narrowly, does not fit on a multiprocessor, or misses a bar
+of kernel_probe/bars.py. fp32 attention, which is for checks, must compile and fit. Figures of an unchanged source come
+from the cache.
 """
 
 from __future__ import annotations
@@ -41,14 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(REPO))
     import triton
     from kernel_probe import gate
+    from kernel_probe.launches import specs_of
     from kernel_probe.report import table
 
-    from megastage.kernels.registry import ARCHITECTURES, all_specs
+    from megastage.kernels.registry import ARCHITECTURES, all_cases
 
     if unknown := set(options.arch or ()) - set(ARCHITECTURES):
         parser.error(f"--arch {', '.join(sorted(unknown))}: choose from {', '.join(ARCHITECTURES)}")
     start = time.perf_counter()
-    specs = [s for s in all_specs(options.arch or ARCHITECTURES, fast=options.fast) if options.kernel in s.name]
+    specs = specs_of(all_cases(options.arch or ARCHITECTURES, fast=options.fast))
+    specs = [spec for spec in specs if options.kernel in spec.name]
     if not specs:
         parser.error(f"no kernel has {options.kernel!r} in its name")
     verdicts = gate.run(specs, None if options.cache == "off" else Path(options.cache), options.jobs)
@@ -61,11 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{sum(verdict.cached for verdict in verdicts)} from the cache, {time.perf_counter() - start:.0f} s"
     )
     if options.json:
-        rows = [
-            {"name": v.name, "problems": v.problems, "report": v.report.as_dict() if v.report else None}
-            for v in verdicts
-        ]
-        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+        kernels = [verdict.as_dict() for verdict in verdicts]
+        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
     return 1 if failed else 0
 
 

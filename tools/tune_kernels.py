@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Measure launch settings of the pointwise kernels on this GPU and write what beats the default to kernels/tuning/.
+"""Measure launch settings of the kernels on this GPU and write what beats the shipped ones to kernels/tuning/.
 
-    python tools/tune_kernels.py                      every op, bf16; prints, writes nothing
+    python tools/tune_kernels.py                      every op, bf16; prints, writes nothing (half an hour: most of it
+                                                      compiles attention; --op attention_forward is a part)
     python tools/tune_kernels.py --write              and writes the entries of this architecture and Triton version
     TRITON_INTERPRET=1 python tools/tune_kernels.py --dry-run --write --folder DIR     toy sizes on the CPU
 
@@ -32,20 +33,81 @@ Work = Callable[[], "Tensor | tuple[Tensor, ...]"]
 
 @dataclass(frozen=True)
 class Subject:
-    """One op at one size: `work` launches it, `grid` holds the values to try for each setting."""
+    """One op at one size: `work` launches it, `grid` holds the values to try for each setting, `allows` says which
+    combinations make sense."""
 
     op: str
     dim: int
     work: Work
     grid: dict[str, tuple[int, ...]]
+    allows: Callable[[dict[str, int]], bool] = lambda config: True
 
     def candidates(self) -> Iterator[dict[str, int]]:
         for values in product(*self.grid.values()):
-            yield dict(zip(self.grid, values))
+            config = dict(zip(self.grid, values))
+            if self.allows(config):
+                yield config
 
 
 def subjects(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subject]:
     """What is tuned, at the sizes of models from 1 to 70 billion parameters (or toy sizes)."""
+    yield from pointwise(device, dtype, toy)
+    yield from attention(device, dtype, toy)
+    yield from flat(device, dtype, toy)
+
+
+def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subject]:
+    """Packed documents of 2048 tokens, four query heads a group. dq and dkv are timed inside the whole backward."""
+    from megastage.kernels import _attention_launch as launch
+    from megastage.kernels._attention_reference import Geometry
+    from megastage.kernels._attention_tuning import architecture
+
+    tokens, heads, groups = (48, 4, 2) if toy else (8192, 32, 4)
+    cu_seqlens = torch.arange(0, tokens + 1, tokens // 4, dtype=torch.int32, device=device)[None]
+    has_tma = architecture(device.type, device.index) in ("sm_90", "sm_100")
+    grid = {
+        "block_m": (16, 32) if toy else (32, 64, 128), "block_n": (16, 32) if toy else (32, 64, 128),
+        "cut": (16,) if toy else (16, 32, 64, 128), "num_warps": (4,) if toy else (4, 8),
+        "num_stages": (1,) if toy else (2, 3),
+    }  # fmt: skip
+    for D in (16,) if toy else (64, 128, 256):
+        shape = {"device": device, "dtype": dtype}
+        q = torch.randn(1, tokens, heads, D, **shape)
+        k, v = (torch.randn(1, tokens, heads // groups, D, **shape) for _ in range(2))
+        geometry = Geometry(True, D**-0.5, 0, 0, 0.0)
+        args = (cu_seqlens, None, geometry)
+        out, lse = launch.forward(q, k, v, *args)
+        works: dict[str, Work] = {
+            "forward": lambda q=q, k=k, v=v, args=args: launch.forward(q, k, v, *args),
+            "backward": lambda q=q, k=k, v=v, o=out, x=lse, args=args: launch.backward(o, None, q, k, v, o, x, *args),
+        }
+        for kernel in ("forward", "dq", "dkv"):
+            streamed = "block_m" if kernel == "dkv" else "block_n"
+            fits = lambda config, streamed=streamed: config["cut"] <= config[streamed] <= 4 * config["cut"]
+            tma = (0, 1) if has_tma and kernel == "dkv" else (int(has_tma),)
+            work = works["forward" if kernel == "forward" else "backward"]
+            yield Subject(f"attention_{kernel}", D, work, {**grid, "tma": tma}, fits)
+
+
+def flat(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subject]:
+    """The optimizer and the global norm over one shard; bf16 parameters with bf16 states."""
+    from megastage.kernels import global_norm_triton, optimizer_triton
+
+    count = 4096 if toy else 2**26
+    param, grad, mean, square = (torch.rand(count, device=device).to(dtype) for _ in range(4))
+    scalars = (0.0, 1.0, 0.0, 1.0, 0.0, 1e-8, 1.0)  # a step that changes nothing: every repetition sees the same
+    grid = {"block": (512, 1024, 2048, 4096), "num_warps": (2, 4) if toy else (2, 4, 8, 16)}
+
+    def step() -> Tensor:
+        optimizer_triton.step_([param], [grad], [mean], [square], None, scalars, False, 0)
+        return param
+
+    yield Subject("adamw", 0, step, grid)
+    norm = lambda: global_norm_triton.partial_sums([param]).sum()[None]
+    yield Subject("global_norm", 0, norm, {**grid, "block": (2048, 4096, 8192, 16384)})
+
+
+def pointwise(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subject]:
     from megastage.kernels import cross_entropy_triton, rms_norm_triton, swiglu_triton
     from megastage.kernels.rope import rope_qk_op
 
@@ -113,6 +175,8 @@ def same(a: Any, b: Any) -> bool:
 
 def tune(subject: Subject, timer: Callable[[Work], float]) -> tuple[dict[str, int] | None, float, float]:
     """(settings worth an entry or None, the default's ms, the best ms)."""
+    from triton.errors import TritonError
+
     from megastage.kernels.tuning import table
 
     expected, default_ms = subject.work(), timer(subject.work)
@@ -123,7 +187,7 @@ def tune(subject: Subject, timer: Callable[[Work], float]) -> tuple[dict[str, in
                 if not same(expected, subject.work()):
                     continue
                 took_ms = timer(subject.work)
-            except (RuntimeError, ValueError):  # more registers or shared memory than the chip has
+            except (RuntimeError, ValueError, TritonError):  # more registers or shared memory than the chip has
                 continue
         if took_ms < best_ms:
             best, best_ms = config, took_ms
@@ -150,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not torch.cuda.is_available() and not options.dry_run:
         parser.error("no CUDA device: only --dry-run works here")
+    from megastage.kernels._attention_tuning import architecture as attention_architecture
     from megastage.kernels.dispatch import architecture
     from megastage.kernels.launch import TRITON_MINOR
     from megastage.kernels.tuning import table
@@ -163,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, default_ms, best_ms = tune(subject, lambda work: time_ms(work, device))
         print(f"{subject.op} {subject.dim}: default {default_ms:.4f} ms, best {best_ms:.4f} ms, {config or 'default'}")
         kind = "fp32" if subject.op.startswith("cross_entropy") else options.dtype
-        entry = {"arch": architecture(device), "triton": TRITON_MINOR, "dtype": kind, "dim": subject.dim}
+        arch = attention_architecture(device.type, None) if subject.op.startswith("att") else architecture(device)
+        entry = {"arch": arch, "triton": TRITON_MINOR, "dtype": kind, "dim": subject.dim}
         if config:
             found.setdefault(subject.op, []).append({**entry, "config": config})
     if options.write:

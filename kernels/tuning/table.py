@@ -52,6 +52,16 @@ def lookup(op: str, arch: str, triton_minor: str, dtype: torch.dtype, dim: int) 
     return dict(best["config"])
 
 
+@cache
+def exact(op: str, arch: str, triton_minor: str, dtype: torch.dtype, dim: int) -> dict[str, int]:
+    """Settings measured for exactly this; empty without. For kernels whose code differs by compiler and size."""
+    asked = (arch, triton_minor, DTYPE_NAMES.get(dtype), dim)
+    for entry in entries(op):
+        if (entry["arch"], entry["triton"], entry["dtype"], entry["dim"]) == asked:
+            return dict(entry["config"])
+    return {}
+
+
 @contextmanager
 def forced(op: str, config: dict[str, int]) -> Iterator[None]:
     """Within it, launches of `op` take this configuration: for the tuner, which must try it before it is written."""

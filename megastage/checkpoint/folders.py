@@ -23,9 +23,9 @@ from pathlib import Path
 from megastage.checkpoint.errors import BadCheckpoint
 from megastage.checkpoint.manifest import MANIFEST, check_sizes, read_manifest
 
-COMPLETE = re.compile(r"step-(0|[1-9]\d*)")
-LEFTOVER = re.compile(r"step-(\d+)\.(tmp|deleting)")
-ASIDE = re.compile(r"step-(\d+)\.(superseded|bad)-(\d+)")
+COMPLETE = re.compile(r"step-(0|[1-9][0-9]*)")
+LEFTOVER = re.compile(r"step-([0-9]+)\.(tmp|deleting)")
+ASIDE = re.compile(r"step-([0-9]+)\.(superseded|bad)-([0-9]+)")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -72,7 +72,7 @@ def complete_steps(root: Path) -> list[int]:
 def aside(root: Path, why: str = "superseded|bad") -> list[Path]:
     """Folders set aside, oldest first."""
     found = []
-    for entry in os.scandir(root):
+    for entry in os.scandir(root) if root.is_dir() else ():
         match = ASIDE.fullmatch(entry.name)
         if match and match[2] in why.split("|"):
             found.append((entry.stat().st_ctime_ns, int(match[1]), int(match[3]), root / entry.name))
@@ -109,6 +109,7 @@ def recover(root: Path) -> list[str]:
             notes.append(f"{name} was left half-done by an earlier run: removed")
     if notes:
         sync_folder(root)
+    repoint_latest(root)
     return notes
 
 
@@ -150,6 +151,20 @@ def write_latest(root: Path, name: str) -> None:
         os.fsync(file.fileno())
     os.replace(path, root / "latest")
     sync_folder(root)
+
+
+def repoint_latest(root: Path) -> None:
+    """Let `latest` name the newest folder again after one was set aside or found under another name; none: remove it.
+
+    A run looks at the folders themselves, so a disk that refuses the write shall not stop it.
+    """
+    steps = complete_steps(root)
+    pointer = root / "latest"
+    with contextlib.suppress(OSError):
+        if not steps:
+            pointer.unlink(missing_ok=True)
+        elif not pointer.exists() or pointer.read_text(errors="replace").strip() != step_folder(root, steps[-1]).name:
+            write_latest(root, step_folder(root, steps[-1]).name)
 
 
 def sync_folder(path: Path) -> None:

@@ -156,6 +156,11 @@ def _file_problems(path: Path, keys: set[str], ours: dict[str, str], shapes: dic
     return problems
 
 
+def unfinished(folder: Path) -> Path:
+    """Where an export to `folder` is written until it is complete."""
+    return folder.with_name(folder.name + ".tmp")
+
+
 def export_hf(
     folder: str | os.PathLike[str],
     cfg: ModelConfig,
@@ -175,7 +180,7 @@ def export_hf(
     exists already, or a tensor has not the shape that `cfg` says.
     """
     folder = Path(folder)
-    work = folder.with_name(folder.name + ".tmp")
+    work = unfinished(folder)
     for path in (folder, work):
         if path.exists():
             raise ValueError(f"{path}: exists already; export to a new folder, or remove this one first")

@@ -109,7 +109,13 @@ def _choose(path: str | Path, ranks: Ranks) -> Path:
         elif steps := folders.complete_steps(root):
             chosen = str(folders.step_folder(root, steps[-1]))
         else:
-            error = ValueError(f"{root} is neither a checkpoint (no {MANIFEST}) nor a folder with step-N checkpoints")
+            hint = (
+                "; set initial_load_in_hf = true for a Hugging Face folder" if (root / "config.json").exists() else ""
+            )
+            error = ValueError(
+                f'checkpoint.initial_load_path = "{root}": neither a checkpoint (no {MANIFEST}) nor a folder with '
+                f"step-N checkpoints{hint}"
+            )
     ranks.agree(error)
     return Path(ranks.broadcast(chosen))
 

@@ -40,8 +40,8 @@ class CheckpointManager:
     collectives on it), or None for a single process. keep_latest_k: 0 keeps all. async_mode: "disabled", "async"
     (copy to host memory, write in a thread) or "async_with_pinned_mem" (the same through page-locked memory).
     check_replicas: compare what several ranks hold a copy of, and fail the save where it differs.
-    hold: until `close`, refuse the folder to every other run that holds it too. load_only: rename and clear up nothing,
-    since another run may be writing there; a damaged newest checkpoint is an error then.
+    hold: until `close`, refuse the folder to every other run that holds it too. load_only: write nothing there at all,
+    since another run may be writing; a damaged newest checkpoint is an error then.
 
     Every method is collective: all ranks call it, in the same order, from the training thread.
     """
@@ -73,12 +73,17 @@ class CheckpointManager:
         self._outcome: BaseException | None = None
         self._resumed_from: int | None = -1  # later checkpoints are superseded at the first save; None: done
         self._held: int | None = None
+        self._told: set[int] = set()  # steps whose checkpoint was said to hold the model only
+        self._load_only = load_only
+        if not load_only:
+            self._open_for_writing(hold)
+
+    def _open_for_writing(self, hold: bool) -> None:
         self._main_only(lambda: self.root.mkdir(parents=True, exist_ok=True))
         if hold:
             self._main_only(self._hold)
         check_shared(self.root, self.ranks)
-        self._load_only = load_only
-        for note in [] if load_only else self._main_only(lambda: folders.recover(self.root)):
+        for note in self._main_only(lambda: folders.recover(self.root)):
             if self.ranks.is_main:
                 logger.warning("checkpoint folder %s: %s", self.root, note)
 
@@ -266,6 +271,7 @@ class CheckpointManager:
                     "training goes on from step %d: step-%d is now %s", self._resumed_from, later, target.name
                 )
             self._resumed_from = None
+            folders.repoint_latest(self.root)
 
     def _prune(self, step: int) -> None:
         try:
@@ -278,7 +284,9 @@ class CheckpointManager:
             try:
                 if self._check(step) == "full":
                     return step
-                logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
+                if step not in self._told:
+                    logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
+                    self._told.add(step)
             except BadCheckpoint as error:
                 if self._load_only:
                     raise
@@ -303,6 +311,7 @@ class CheckpointManager:
 
     def _set_bad(self, step: int, reason: BaseException) -> None:
         target = folders.set_aside(self.root, step, "bad")
+        folders.repoint_latest(self.root)
         logger.error("checkpoint step-%d is damaged and now named %s: %s", step, target.name, reason)
 
     def _refuse_if_all_bad(self) -> None:

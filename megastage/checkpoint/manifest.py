@@ -7,11 +7,13 @@ carries the SHA-256 of all bytes before it, so a manifest is either exactly what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -156,14 +158,31 @@ def read_train_state(folder: str | os.PathLike[str], manifest: Manifest) -> dict
 
 def check_sizes(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Compare the size of every file with the manifest: finds missing and cut files without reading them."""
-    for record in manifest.files:
+    for number, record in enumerate(manifest.files):
         path = Path(folder, record.name)
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
-            raise BadCheckpoint(f"{path}: the file is missing", file=str(path)) from error
+            names, first = _tensors_beyond(manifest, number, 0)
+            raise BadCheckpoint(f"{path}: the file is missing{names}", file=str(path), tensor=first) from error
         if size != record.n_bytes:
-            raise BadCheckpoint(f"{path}: {size} bytes on disk, {record.n_bytes} were saved", file=str(path))
+            names, first = _tensors_beyond(manifest, number, size)
+            text = f"{path}: {size} bytes on disk, {record.n_bytes} were saved{names}"
+            raise BadCheckpoint(text, file=str(path), tensor=first)
+
+
+def _tensors_beyond(manifest: Manifest, file: int, size: int) -> tuple[str, str | None]:
+    """What of the tensors in a file lies beyond its first `size` bytes: in words, and the first one's key."""
+    lost = sorted(
+        (chunk.begin, key)
+        for key, tensor in manifest.tensors.items()
+        for chunk in tensor.chunks
+        if chunk.file == file and tensor.chunk_bytes(chunk) > max(size - chunk.begin, 0)
+    )
+    if not lost:
+        return "", None
+    count = "tensor" if len(lost) == 1 else f"{len(lost)} tensors, the first of them"
+    return f"; lost is {count} {lost[0][1]}", lost[0][1]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -176,10 +195,18 @@ def read_bytes(path: Path) -> bytes:
 
 
 def open_confined(path: Path) -> Any:
-    """Open a regular file for reading, never through a symbolic link (which could lead out of the folder)."""
-    if path.is_symlink():
-        raise BadCheckpoint(f"{path}: a symbolic link, a regular file was expected", file=str(path))
-    return open(path, "rb", buffering=0)
+    """Open a regular file for reading: no symbolic link, which could lead out of the folder, and no pipe, which would
+    keep the reader waiting."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise BadCheckpoint(f"{path}: a symbolic link, a regular file was expected", file=str(path)) from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise BadCheckpoint(f"{path}: not a regular file", file=str(path))
+    return os.fdopen(file, "rb", buffering=0)
 
 
 def _check(manifest: Manifest) -> None:

@@ -6,18 +6,21 @@ import difflib
 import math
 
 from megastage.config.errors import show
+from megastage.config.fields import all_keys
 from megastage.config.layout import Layout, layout_problems, pipeline_layers
 from megastage.config.model_choice import model_problems, rope_scaling_problems
 from megastage.config.schema import Config
 from megastage.config.stage import Stage
 from megastage.config.stage_data import folder_problems
 from megastage.config.stage_resolve import stage_problems
+from megastage.config.unbuilt import unbuilt_problems
 from megastage.model.config import ModelConfig
 
 SCHEDULES = ("1F1B", "GPipe")
 _KNOWN_SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "LoopedBFS", "DualPipeV")
 _LOADABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _COMPILED = ("model", "loss")
+_MAY_BE_EMPTY = ("job.description", "comm.save_traces_file_prefix", "model.flavor", "model.name")
 
 
 def check(cfg: Config, world_size: int) -> list[str]:
@@ -37,17 +40,39 @@ def static_problems(cfg: Config) -> list[str]:
 
 
 def _problems(cfg: Config, layout: Layout | None) -> list[str]:
-    model, problems = model_problems(cfg)
-    problems = list(problems)
-    problems += rope_scaling_problems(cfg.model.rope_scaling, "model.rope_scaling")
-    problems += rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling")
-    stages, found = stage_problems(cfg, layout)
-    problems += found
-    problems += _schedule_problems(cfg)
-    problems += _choice_problems(cfg)
+    model, found = model_problems(cfg)
+    stages, of_stages = stage_problems(cfg, layout)
+    problems = [*found, *of_stages, *_other_problems(cfg)]
     if model is not None:
         problems += _split_problems(cfg, model, stages)
     return list(dict.fromkeys(problems))
+
+
+def remaining_problems(cfg: Config) -> list[str]:
+    """As `check`, without what depends on the number of ranks, or on how the model is split over them."""
+    return list(dict.fromkeys([*stage_problems(cfg, None)[1], *_other_problems(cfg)]))
+
+
+def _other_problems(cfg: Config) -> list[str]:
+    """What stages, model and layout have no part in."""
+    return [
+        *unbuilt_problems(cfg),
+        *_empty_strings(cfg),
+        *rope_scaling_problems(cfg.model.rope_scaling, "model.rope_scaling"),
+        *rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling"),
+        *_schedule_problems(cfg),
+        *_choice_problems(cfg),
+    ]
+
+
+def _empty_strings(cfg: Config) -> list[str]:
+    """Names, files and folders given as "": they would stand for whatever folder the job happens to start in."""
+    return [
+        f'{path} = "": is empty; leave it out'
+        for path, info in all_keys().items()
+        if info.annotation is str and info.default != "" and ".N." not in path and path not in _MAY_BE_EMPTY
+        if cfg.is_set(path) and cfg.value(path) == ""
+    ]
 
 
 def _schedule_problems(cfg: Config) -> list[str]:
@@ -171,6 +196,11 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             'checkpoint.exclude_from_loading: "train_state": the position in the data belongs to the step; '
             'exclude "dataloader" too'
         )
+    if table.exclude_from_loading and table.initial_load_path is not None and table.initial_load_model_only:
+        problems.append(
+            "checkpoint.exclude_from_loading: nothing but the model is loaded from initial_load_path, and a restarted "
+            "run loads all of its own; take it out, or set initial_load_model_only = false"
+        )
     if not table.initial_load_model_only and (table.initial_load_path is None or table.initial_load_in_hf):
         why = "Hugging Face weights are a model alone" if table.initial_load_in_hf else "needs initial_load_path"
         problems.append(f"checkpoint.initial_load_model_only = false: {why}")
@@ -197,12 +227,13 @@ def _split_problems(cfg: Config, model: ModelConfig, stages: tuple[Stage, ...]) 
     problems = []
     tp = cfg.parallelism.tensor_parallel_degree
     path = f"parallelism.tensor_parallel_degree = {tp}"
-    for name, count in (("query", model.n_heads), ("key/value", model.n_kv_heads)):
-        if count % tp:
-            problems.append(
-                f"{path}: does not divide the {count} {name} heads of {cfg.model.name} {cfg.model.flavor}; "
-                f"use one of {[d for d in range(1, count + 1) if count % d == 0]}"
-            )
+    heads, shared = model.n_heads, model.n_kv_heads
+    fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (shared % d == 0 or d % shared == 0)]
+    if tp not in fitting:
+        problems.append(
+            f"{path}: {cfg.model.name} {cfg.model.flavor} has {heads} query heads, which it must divide, and {shared} "
+            f"key/value heads, of which it must be a divisor or a multiple; use one of {fitting}"
+        )
     if cfg.parallelism.disable_loss_parallel and model.vocab_size % tp:
         problems.append(
             f"parallelism.disable_loss_parallel = true: the vocabulary of {model.vocab_size} can't be gathered evenly "

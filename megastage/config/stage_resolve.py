@@ -11,7 +11,7 @@ from megastage.config.layout import Layout
 from megastage.config.model_choice import model_problems, rope_scaling_problems, rope_spec
 from megastage.config.schema import Config, DataStage
 from megastage.config.stage import Stage
-from megastage.config.stage_data import choose_data, folder_problems
+from megastage.config.stage_data import base_weight_problems, choose_data, folder_problems
 from megastage.config.stage_documents import KEYS as DOCUMENT_KEYS
 from megastage.config.stage_documents import choose_documents
 from megastage.config.stage_spans import Span, resolve_spans
@@ -61,8 +61,7 @@ def stage_problems(
 
 def _list_problems(cfg: Config) -> list[str]:
     problems = folder_problems(cfg.training.dataset_folders, "training.dataset_folders")
-    if cfg.training.dataset_path == "":
-        problems.append('training.dataset_path = "": is empty; leave it out')
+    problems += base_weight_problems(cfg.training)
     for index, table in enumerate(cfg.training.data_stages):
         path = f"training.data_stages[{index}]"
         problems += folder_problems(table.dataset_folders, f"{path}.dataset_folders")

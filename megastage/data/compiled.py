@@ -56,9 +56,25 @@ def blend_period() -> Callable[..., Any] | None:
 
 
 @lru_cache(maxsize=1)
+def ranks() -> Callable[..., Any] | None:
+    """Compiled `(source int16[n], k) -> int32[n]`, how often the same source came before, or None."""
+    return compile_loop(_ranks)
+
+
+@lru_cache(maxsize=1)
 def best_fit() -> Callable[..., Any] | None:
     """Compiled `(lengths int64[n] in falling order, capacity) -> bin int64[n]`, or None."""
     return compile_loop(_best_fit)
+
+
+def _ranks(source: np.ndarray, k: int) -> np.ndarray:
+    seen = np.zeros(k, np.int32)
+    rank = np.empty(source.size, np.int32)
+    for n in range(source.size):
+        i = source[n]
+        rank[n] = seen[i]
+        seen[i] += 1
+    return rank
 
 
 def _release_order(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

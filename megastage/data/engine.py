@@ -47,6 +47,7 @@ class DataEngine:
             pin=self._pin,
         )
         self._stage: DataStage | None = None
+        self._planner: Planner | None = None
         self._loader: Prefetcher[Plan, Batch] | None = None
         self._digest = ""
 
@@ -114,7 +115,7 @@ class DataEngine:
             self._records.append(record_of(stage, self.index))
         *before, record = self._records
         self._stage, self._slice = stage, (rows * data_rank // data_ranks, rows * (data_rank + 1) // data_ranks)
-        planner = Planner(self.index, before, record)
+        self._planner = planner = Planner(self.index, before, record)
         first = record.samples
         self._loader = Prefetcher(
             lambda number: planner.plan(first + number * rows, first + (number + 1) * rows),
@@ -160,6 +161,7 @@ class DataEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
+        self._mark()
         return to_json(self._records, self.index)
 
     def plan_lines(self, stage: DataStage) -> list[str]:
@@ -174,8 +176,15 @@ class DataEngine:
 
     def _leave(self) -> None:
         if self._loader is not None:
+            self._mark()
             self._loader.close()
-        self._loader = self._stage = None
+        self._loader = self._planner = self._stage = None
+
+    def _mark(self) -> None:
+        """Note in the record, for people, how many epochs of each source were used up."""
+        if self._planner is not None and self._loader is not None:
+            planner, record = self._planner, self._records[-1]
+            record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
 
     def _read(self, plan: Plan) -> Batch:
         assert self._stage is not None

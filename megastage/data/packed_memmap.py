@@ -286,8 +286,10 @@ def _parse_metadata(file: Path, content: dict[str, Any]) -> PackedMemmapMetadata
     if content["page_bytes"] % 4:
         raise PackedMemmapError(f"{file}: page_bytes is {content['page_bytes']}, expected a multiple of 4")
     eos_id, tokenizer = content["eos_id"], content["tokenizer"]
-    if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < 1 << 32):
-        raise PackedMemmapError(f"{file}: eos_id is {eos_id!r}, expected null or a token id")
+    if eos_id is not None and (
+        type(eos_id) is not int or not 0 <= eos_id < 1 << 8 * _DTYPES[content["dtype"]].itemsize
+    ):
+        raise PackedMemmapError(f"{file}: eos_id is {eos_id!r}, expected null or a token id of {content['dtype']}")
     facts = None if tokenizer is None else _parse_tokenizer(file, tokenizer)
     return PackedMemmapMetadata(**{name: content[name] for name in _FIELDS if name != "tokenizer"}, tokenizer=facts)
 

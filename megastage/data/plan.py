@@ -105,6 +105,17 @@ class Planner:
                 marks[self._index.order_key(number)] = [int(value) for value in mark]
         return marks
 
+    def progress(self, samples: int) -> tuple[list[float | None], list[int | None]]:
+        """By source (None: not drawn), after `samples` samples of the stage: its epochs, and what entering skipped."""
+        counts = self._index.table.counts_at(samples).tolist()
+        numbers = range(len(self._index.sources))
+        cursors = {number: self._cursors.get(number) for number in numbers}
+        epochs = [
+            None if cursor is None else round(cursor.epoch_at(counts[number] + self._offsets[number]), 6)
+            for number, cursor in cursors.items()
+        ]
+        return epochs, [None if cursor is None else cursor.skipped_tokens for cursor in cursors.values()]
+
     def _digest(self, source: np.ndarray, rows: Rows) -> str:
         """blake2b over (source content, piece starts, piece lengths) of every row in order."""
         digest = hashlib.blake2b(digest_size=16)

@@ -16,6 +16,8 @@ from megastage.data.order import Visit
 from megastage.data.packing import PackedOrder
 from megastage.data.state import StageRecord, histories, record_of
 
+_TOLD_PADDING = 0.005
+
 
 def plan_lines(
     stage: DataStage, stages: Sequence[DataStage], index: DataIndex, records: Sequence[StageRecord]
@@ -38,12 +40,15 @@ def plan_lines(
         start = order.planned_epochs(before)
         visit = Visit(stage.seq_len, rows[number], None, rule_of(stage))
         stop = order.planned_epochs([*before, visit])
+        padding = order.padding(visit.seq_len, visit.rule) if isinstance(order, PackedOrder) else 0.0
+        read = rows[number] * stage.seq_len * (1 - padding)
         about = "about " if isinstance(order, LiveOrder) else ""
         line = (
-            f"Source {source.path}: {rows[number] * stage.seq_len / 1e9:.2f}B of "
-            f"{about}{source.n_tokens / 1e9:.2f}B tokens, "
+            f"Source {source.path}: {read / 1e9:.2f}B of {about}{source.n_tokens / 1e9:.2f}B tokens, "
             f"{stop - start:.2f} epochs ({start:.2f} -> {stop:.2f})"
         )
+        if padding >= _TOLD_PADDING:
+            line += f", padding: about {padding:.1%} of the positions"
         lines.append(line + _skipped(order, before, visit))
     return lines + _notes(stage, mine.weights)
 

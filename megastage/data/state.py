@@ -20,7 +20,8 @@ class StageRecord:
 
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
     order key, where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
-    long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike.
+    long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike. For people alone, by
+    source (None: not drawn): epochs of it used up by these samples and all before, and tokens that entering skipped.
     """
 
     index: int
@@ -35,6 +36,8 @@ class StageRecord:
     min_doc_len: int = 0
     long_doc_len: int = 0
     long_doc_share: float | None = None
+    epochs: list[float | None] = field(default_factory=list)
+    skipped_tokens: list[int | None] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
@@ -101,7 +104,10 @@ def from_json(state: Mapping[str, Any]) -> tuple[list[StageRecord], dict[str, An
 
 
 def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], index: DataIndex) -> None:
-    """The past must be what it was. Raises ValueError that names every changed field with both values."""
+    """The past must be what it was but for names, of which the records take the present ones.
+
+    Raises ValueError that names every changed field with both values.
+    """
     problems = []
     by_number = {stage.index: stage for stage in stages}
     for record in records:
@@ -111,7 +117,8 @@ def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], in
             problems.append(f"{title}: has been read from, but is no longer among the stages that run")
             continue
         now = record_of(stage, index)
-        for name in ("name", "seq_len", "seed", "document_mask", "weights", *_RULE):
+        record.name = stage.name
+        for name in ("seq_len", "seed", "document_mask", "weights", *_RULE):
             before, after = getattr(record, name), getattr(now, name)
             if before != after:
                 label = {"seed": "dataset_random_seed", "weights": "dataset_weights (as integers)"}.get(name, name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 # Asked in this order when no tokenizer_config.json names the end-of-document token.
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+# Of one call to the library: its encodings take some 30 bytes a character, and stay in the processor's cache.
+_CALL_CHARACTERS = 1 << 16
 _ACCEPTED = "a tokenizer.json, a folder holding one, GPT-2 files (encoder.json + vocab.bpe) or a tokenizer.model"
 
 
@@ -27,8 +30,12 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be used; the message names the file and the way out."""
 
 
+class NoTokenizer(TokenizerError):
+    """There is none at the path given."""
+
+
 class _Engine(Protocol):
-    def encode(self, texts: list[str]) -> list[list[int]]: ...
+    def encode(self, texts: list[str]) -> Iterable[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
     def vocabulary(self) -> dict[str, int]: ...
     def canonical(self) -> bytes: ...
@@ -64,7 +71,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64[n]; no special tokens are added."""
-        return [np.array(ids, dtype=np.int64) for ids in self._engine.encode(list(texts))]
+        # Through `array`, in half the time that numpy takes for a list of Python's integers.
+        return [np.asarray(array("q", ids)) for part in _calls(texts) for ids in self._engine.encode(part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are shown, ids outside the vocabulary are left out."""
@@ -90,6 +98,20 @@ class Tokenizer:
         return None
 
 
+def _calls(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, some at a time."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if characters >= _CALL_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
 class _FastEngine:
     """A tokenizer of the `tokenizers` library."""
 
@@ -98,8 +120,8 @@ class _FastEngine:
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(self, texts: list[str]) -> Iterator[list[int]]:
+        return (encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -175,9 +197,9 @@ def _load_engine(path: Path) -> tuple[_Engine, Path]:
         for name in ("tokenizer.json", *(pair[0] for pair in _GPT2_FILES), "tokenizer.model"):
             if (path / name).is_file():
                 return _load_file(path / name), path
-        raise TokenizerError(f"{path}: no tokenizer in this folder; give {_ACCEPTED}")
+        raise NoTokenizer(f"{path}: no tokenizer in this folder; give {_ACCEPTED}")
     if not path.is_file():
-        raise TokenizerError(f"{path}: no such file or folder; give {_ACCEPTED}")
+        raise NoTokenizer(f"{path}: no such file or folder; give {_ACCEPTED}")
     return _load_file(path), path.parent
 
 

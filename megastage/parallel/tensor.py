@@ -44,6 +44,16 @@ class ColumnLinear(_OnMesh, Linear):
     """Rows of the weight (output features) are sharded; `_project` gives it the whole input."""
 
 
+class SharedHeadLinear(_OnMesh, Linear):
+    """Keys or values where ranks outnumber their heads: several ranks serve the query heads of one. Every rank holds
+    all rows and projects those of its own head, so that its gradients are partial sums."""
+
+    head: slice
+
+    def local_weight(self) -> Tensor:
+        return _local(self.weight, [Partial()])[self.head]
+
+
 class RowLinear(_OnMesh, Linear):
     """Columns of the weight (input features) are sharded; partial outputs are summed and scattered over T."""
 
@@ -85,21 +95,9 @@ STYLES: tuple[tuple[str, type[_OnMesh], Placement], ...] = (
     (r"norm", ReplicatedRMSNorm, Replicate()),
     (r"output", ColumnLinear, Shard(0)),
 )
+KEYS_AND_VALUES = re.compile(r"layers\.\d+\.attention\.w[kv]")
 # modules that see the whole sequence: they gather their input as they project it
 GATHERED = re.compile(r"layers\.\d+\.(attention|feed_forward)")
-
-
-def check(cfg: ModelConfig, tp: int) -> list[str]:
-    """What keeps this model from being split over `tp` ranks, as messages for the user."""
-    problems = []
-    for key in ("n_heads", "n_kv_heads"):
-        count = getattr(cfg, key)
-        if count % tp:
-            problems.append(
-                f"parallelism.tensor_parallel_degree = {tp}: the model's {key} = {count} is not a multiple of it; "
-                f"choose a degree that divides {count}"
-            )
-    return problems
 
 
 def apply(decoder: Decoder, mesh: DeviceMesh) -> None:
@@ -110,12 +108,22 @@ def apply(decoder: Decoder, mesh: DeviceMesh) -> None:
             module.project = partial(_project, group)
         if not any(True for _ in module.parameters(recurse=False)):
             continue
+        if group.size() > decoder.cfg.n_kv_heads and KEYS_AND_VALUES.fullmatch(name):
+            _convert(module, SharedHeadLinear, Replicate(), mesh)
+            module.head = _shared_head(decoder.cfg, group)
+            continue
         for pattern, kind, placement in STYLES:
             if re.fullmatch(pattern, name):
                 _convert(module, kind, placement, mesh)
                 break
         else:
             raise AssertionError(f"no tensor-parallel style for the parameters of {name}")
+
+
+def _shared_head(cfg: ModelConfig, group: dist.ProcessGroup) -> slice:
+    """Rows of wk and wv that make the one head which this rank's query heads attend with."""
+    number = group.rank() * cfg.n_kv_heads // group.size()
+    return slice(number * cfg.head_dim, (number + 1) * cfg.head_dim)
 
 
 def _project(group: dist.ProcessGroup, x: Tensor, *linears: Linear) -> Sequence[Tensor]:

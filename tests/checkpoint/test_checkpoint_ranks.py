@@ -1,202 +1,26 @@
-"""Real ranks: resharding, pipeline keys, failures of one rank, background saves beside training's collectives."""
+"""Real ranks: pipeline keys, failures of one rank, background saves beside training's collectives."""
 
 import logging
 import os
 import time
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_states import adamw, all_tensors, finish, split, start, truth
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from megastage.checkpoint import storage
 from megastage.checkpoint.errors import BadCheckpoint, CheckpointFailed, CheckpointMismatch
 from megastage.checkpoint.manager import CheckpointManager
 from megastage.checkpoint.manifest import read_manifest
-from megastage.optim import Optimizer
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
-ROWS = (9, 11, 13, 1025)
-
-
-def start() -> dist.ProcessGroup:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
-
-
-def finish() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def truth(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The value of a parameter, from its name alone (numpy; nothing of the code under test)."""
-    seed = sum(ord(c) * (i + 1) for i, c in enumerate(name))
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
-
-
-SHAPES = {f"{kind}{n}.weight": shape for n in ROWS for kind, shape in
-          (("col", (n, 6)), ("row", (6, n)), ("norm", (n,)))}  # fmt: skip
-
-
-def sharded_model(mesh: DeviceMesh, fill: bool) -> nn.Module:
-    """Column-, row-parallel and replicated weights as DTensors on tp, then FSDP2 over dp: rows split twice."""
-    model = nn.Module()
-    placements = {"col": [Shard(0)], "row": [Shard(1)], "nor": [Replicate()]}
-    for name, shape in SHAPES.items():
-        layer = nn.Module()
-        value = truth(name, shape) if fill else torch.zeros(shape)
-        placed = distribute_tensor(value, mesh["tp"], placements[name[:3]])
-        layer.register_parameter("weight", nn.Parameter(placed))
-        model.add_module(name.split(".")[0], layer)
-    fully_shard(model, mesh=mesh["dp"])
-    return model
-
-
-def adamw(model: nn.Module) -> Optimizer:
-    return Optimizer(
-        dict(model.named_parameters()), name="AdamW", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-        implementation="fused",
-    )  # fmt: skip
-
-
-def all_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    return {**{f"model.{name}": p for name, p in model.named_parameters()}, **optimizer.state_tensors()}
-
-
-def training_tensors(mesh: DeviceMesh, fill: bool) -> dict[str, torch.Tensor]:
-    model = sharded_model(mesh, fill)
-    tensors = all_tensors(model, adamw(model))
-    if fill:
-        for key, value in tensors.items():
-            name = key.split("exp_avg.")[-1].split("exp_avg_sq.")[-1]
-            if "exp_avg" in key:
-                value.copy_(tensors[f"model.{name}"] * (3 if "_sq" in key else 2))
-    return tensors
-
-
-def expected() -> dict[str, torch.Tensor]:
-    out = {}
-    for name, shape in SHAPES.items():
-        for prefix, factor in (("model.", 1), ("optimizer.exp_avg.", 2), ("optimizer.exp_avg_sq.", 3)):
-            out[prefix + name] = truth(name, shape) * factor
-    return out
-
-
-def split(value: torch.Tensor, n: int, dim: int, part: int) -> torch.Tensor:
-    """Part of n as torch.chunk cuts it: equal but for the last ones, which may be short or empty."""
-    size = -(-value.shape[dim] // n)
-    start = min(part * size, value.shape[dim])
-    return value.narrow(dim, start, min(size, value.shape[dim] - start))
-
-
-def wrong_keys(tensors: dict[str, torch.Tensor], mesh: DeviceMesh | None = None) -> list[str]:
-    """Keys whose values on this rank are not those cut from the truth: first over tp, then the rows of that over dp."""
-    want = expected()
-    assert tensors.keys() == want.keys()
-    wrong = []
-    for key, value in want.items():
-        if mesh is not None:
-            kind = key.split(".")[-2][:3]
-            if kind != "nor":
-                value = split(value, mesh["tp"].size(), {"col": 0, "row": 1}[kind], mesh["tp"].get_local_rank())
-            value = split(value, mesh["dp"].size(), 0, mesh["dp"].get_local_rank())
-        tensor = tensors[key]
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not torch.equal(local, value) and (local.numel() or value.numel()):  # an empty shard has no values
-            wrong.append(key)
-    return wrong
-
-
-def _reshard(root: str) -> list[str]:
-    group = start()
-
-    def forbidden(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a pickle between ranks")
-
-    dist.distributed_c10d._object_to_tensor = forbidden
-    dist.distributed_c10d._tensor_to_object = forbidden
-    manager = CheckpointManager(root, group=group)
-    two_by_two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensors = training_tensors(two_by_two, fill=True)
-    assert wrong_keys(tensors, two_by_two) == []
-    manager.save(1, tensors, {"step": 1})
-    wrong = []
-    for shape in ((2, 2), (4, 1), (1, 4)):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
-        out = training_tensors(mesh, fill=False)
-        assert manager.load(1, out) == {"step": 1}
-        wrong += [f"{shape} {key}" for key in wrong_keys(out, mesh)]
-    # and back again from another layout
-    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
-    manager.save(2, training_tensors(mesh, fill=True), {"step": 2})
-    out = training_tensors(two_by_two, fill=False)
-    manager.load(2, out)
-    wrong += [f"1x4 -> 2x2 {key}" for key in wrong_keys(out, two_by_two)]
-    manager.verify(2)
-    finish()
-    return wrong
-
-
-def test_resharding_is_bit_exact_and_no_pickle_passes_between_ranks(tmp_path: Path) -> None:
-    assert run_ranks(4, _reshard, str(tmp_path)) == [[]] * 4
-    one = CheckpointManager(tmp_path)
-    for step in (1, 2):
-        out = {k: torch.zeros_like(v) for k, v in expected().items()}
-        one.load(step, out)
-        assert wrong_keys(out) == []
-    tensors = read_manifest(tmp_path / "step-1").tensors
-    # 1025 rows over 2x2: 4 chunks of rows, the uneven ones included; a replicated norm is only split over dp
-    assert [c.sizes for c in tensors["model.col1025.weight"].chunks] == [(257, 6), (256, 6), (256, 6), (256, 6)]
-    assert sorted(c.sizes for c in tensors["model.norm9.weight"].chunks) == [(4,), (5,)]
-    n_bytes = [p.stat().st_size for p in (tmp_path / "step-1").glob("rank-*")]
-    assert len(n_bytes) == 4
-    assert sum(n_bytes) < 1.5 * sum(v.numel() * 4 for v in expected().values())  # each chunk once
-
-
-def _three_by_two(root: str) -> list[str]:
-    manager = CheckpointManager(root, group=start())
-    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
-    tensors = training_tensors(mesh, fill=True)
-    manager.save(1, tensors, {"step": 1})
-    out = training_tensors(mesh, fill=False)
-    manager.load(1, out)
-    wrong = [*wrong_keys(tensors, mesh), *wrong_keys(out, mesh)]
-    finish()
-    return wrong
-
-
-def test_rows_that_three_ranks_cut_unevenly(tmp_path: Path) -> None:
-    """13 rows over tp 2 are 7 and 6; over dp 3 these are 3, 3, 1 and 2, 2, 2: the last data rank has 1 and 2."""
-    assert run_ranks(6, _three_by_two, str(tmp_path)) == [[]] * 6
-    chunks = read_manifest(tmp_path / "step-1").tensors["model.col13.weight"].chunks
-    assert sorted((c.offsets[0], c.sizes[0]) for c in chunks) == [(0, 3), (3, 3), (6, 1), (7, 2), (9, 2), (11, 2)]
-    out = {k: torch.zeros_like(v) for k, v in expected().items()}
-    CheckpointManager(tmp_path).load(1, out)
-    assert wrong_keys(out) == []
-
-
-def test_one_rank_to_many(tmp_path: Path) -> None:
-    CheckpointManager(tmp_path).save(3, expected(), {"step": 3})
-    assert run_ranks(4, _load_two_by_two, str(tmp_path)) == [[]] * 4
-
-
-def _load_two_by_two(root: str) -> list[str]:
-    manager = CheckpointManager(root, group=start())
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    out = training_tensors(mesh, fill=False)
-    found = manager.load_newest(out)
-    assert found == (3, {"step": 3})
-    wrong = wrong_keys(out, mesh)
-    finish()
-    return wrong
 
 
 def message(call, *args: object, kind: type[Exception] = CheckpointFailed, **kwargs: object) -> str:

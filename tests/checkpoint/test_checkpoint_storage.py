@@ -146,6 +146,11 @@ def test_missing_cut_and_grown_files_are_bad(saved, name: str, harm: str) -> Non
     with pytest.raises(BadCheckpoint) as caught:
         manager.load(4, like(tensors))
     assert caught.value.file == str(path)
+    if name.startswith("rank") and harm in ("missing", "empty", "cut"):
+        with_bytes = [key for key, value in tensors.items() if value.numel()]
+        assert caught.value.tensor in with_bytes
+        assert str(caught.value.tensor) in str(caught.value)
+        assert (f"lost is {len(with_bytes)} tensors, the first" in str(caught.value)) == (harm != "cut")
 
 
 def test_mismatches_name_the_tensor_and_both_values(saved) -> None:

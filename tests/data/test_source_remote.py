@@ -1,11 +1,9 @@
 """Data sets behind URLs: what is read, what is kept, what is refused."""
 
-import os
-
 import pytest
 from source_files import documents, flat, write_megatron, write_nanoset
 
-from megastage.data.sources import remote
+from megastage.data.packed_memmap import PackedMemmapWriter
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 
 fsspec = pytest.importorskip("fsspec")
@@ -61,26 +59,6 @@ def test_the_copy_is_used_again_until_the_files_change(tmp_path, store):
     assert tokens(open_source("nanoset", "memory://bucket/n", options)) == flat(DOCS[:-1])
 
 
-def test_the_cache_is_bounded_and_the_oldest_goes_first(tmp_path, store, monkeypatch):
-    options = SourceOptions(cache_folder=tmp_path / "cache")
-    for name in "abc":
-        store.pipe(f"/bucket/{name}/x.ds", bytes([1, 0]) * 50_000)
-        store.pipe(f"/bucket/{name}/x.ds.metadata", b"t|2\n50000\n")
-    monkeypatch.setenv("MEGASTAGE_REMOTE_CACHE_GB", "0.00025")
-    folders = {}
-    for age, name in enumerate("abac"):
-        folders[name] = remote.fetch(f"memory://bucket/{name}", options).parent
-        os.utime(folders[name] / ".used", (age, age))
-    assert [folders[name].exists() for name in "abc"] == [True, False, True]
-    monkeypatch.setattr(remote, "_STARTED", 0.0)
-    with pytest.raises(SourceError, match="beside the run's other"):
-        remote.fetch("memory://bucket/b", options)
-    assert folders["a"].exists()
-    monkeypatch.setenv("MEGASTAGE_REMOTE_CACHE_GB", "0.00005")
-    with pytest.raises(SourceError, match=r"memory://bucket/b: 0.00 GB do not fit the cache"):
-        open_source("nanoset", "memory://bucket/b", options)
-
-
 def test_errors_name_the_url(tmp_path, store):
     options = SourceOptions(cache_folder=tmp_path / "cache")
     with pytest.raises(SourceError, match="memory://bucket/none: no such file"):
@@ -91,4 +69,11 @@ def test_errors_name_the_url(tmp_path, store):
     store.pipe("/bucket/bad/x.ds.metadata", b"t|2\n1\n")
     with pytest.raises(SourceError, match=r"memory://bucket/bad/x.ds: 3 bytes"):
         open_source("nanoset", "memory://bucket/bad", options)
+    folder = tmp_path / "p"
+    with PackedMemmapWriter(folder, "uint16") as writer:
+        writer.append([1, 2, 3])
+    (folder / "documents.bin").write_bytes(b"\4" + bytes(7))
+    upload(store, folder, "/bucket/p")
+    with pytest.raises(SourceError, match=r"memory://bucket/p/documents.bin: the last end is 4"):
+        open_source("packed_memmap", "memory://bucket/p", options)
     assert not list((tmp_path / "cache").glob(".remote-*"))

@@ -108,8 +108,28 @@ def test_offsets_beyond_31_bits():
 
 
 def test_row_strides_too_wide_for_a_tile_are_copied():
-    wide = torch.empty(2**24 + 16, dtype=torch.float16).as_strided((1, 2, 1, 16), (1, 2**24, 16, 1))
-    assert launch._rows(wide).stride(1) <= launch.MAX_ROW_STRIDE
+    wide = torch.empty(2**24 + 16, dtype=torch.float16).as_strided((1, 2, 1, 16), (2**25, 2**24, 16, 1))
+    assert launch._readable(wide).stride(1) <= launch.MAX_ROW_STRIDE
+
+
+def test_layouts_that_wide_loads_or_descriptors_cannot_read_are_copied():
+    whole = torch.randn(2, 70, 6, 32)
+    fused = whole.split((4, 1, 1), 2)[1]
+    heads_first = torch.randn(2, 6, 70, 32).transpose(1, 2)
+    tokens_first = torch.randn(70, 2, 6, 32).transpose(0, 1)
+    kept = {"whole": (whole, True), "fused": (fused, True), "heads first": (heads_first, False)}
+    kept |= {"tokens first": (tokens_first, False), "gap behind heads": (whole[..., :17], True)}
+    for name, (x, matrix) in kept.items():
+        assert launch._readable(x) is x, name
+        assert (launch._readable(x, tma=True) is x) == matrix, name
+    for x in (whole[..., 1:17], whole[..., 0:1].expand(2, 70, 6, 32), torch.randn(2, 70, 3, 24)):
+        copy = launch._readable(x, tma=True)
+        assert copy is not x
+        assert torch.equal(copy, x)
+        assert all(stride % 16 == 0 for stride in copy.stride()[:3])
+    long, short = torch.randn(2, 70, 6, 32), torch.randn(2, 80, 6, 32)[:, :70]
+    a, b = launch._streamed(long, short, tma=True)  # one row number must serve both
+    assert a.stride() == b.stride()
 
 
 @pytest.fixture
@@ -145,15 +165,22 @@ def test_descriptors_agree_with_the_definition(case, descriptors):
 
 
 def test_descriptors_of_a_fused_projection(descriptors):
-    """q, k and v as slices of one [B, T, H + 2K, D] tensor, and rows that do not fit fall back to pointers."""
+    """q, k and v as slices of one [B, T, H + 2K, D] tensor; what lies behind a head's columns is not read."""
     fused = torch.randn(2, 70, 6, 16)
     q, k, v = fused.split((4, 1, 1), 2)
     out = attention(q, k, v, backend="triton")
     assert descriptors == [True]
     torch.testing.assert_close(out, attention(q, k, v, backend="torch"), rtol=1e-5, atol=1e-5)
-    odd = torch.randn(2, 70, 3, 17)[..., :16]
-    attention(odd, odd, odd, backend="triton")
-    assert descriptors == [True, False]
+    room = torch.full((2, 70, 6, 48), float("nan"))
+    room[..., :24] = torch.randn(2, 70, 6, 24)
+    q, k, v = (x.detach().requires_grad_() for x in room[..., :24].split((4, 1, 1), 2))
+    results = []
+    for backend in ("triton", "torch"):
+        out = attention(q, k, v, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert all(descriptors)
 
 
 @pytest.mark.parametrize("window", [0, 5])
@@ -190,10 +217,10 @@ def test_cost_follows_documents():
 
 def test_every_architecture_has_every_entry():
     for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter"):
-        for bits in (16, 32):
+        for dtype in (torch.bfloat16, torch.float32):
             for width in (16, 32, 64, 128, 256):
                 for kernel in tuning.KERNELS:
-                    tiles = tuning.lookup(kernel, arch, bits, width)
+                    tiles = tuning.lookup(kernel, arch, dtype, width)
                     streamed = tiles.block_m if kernel == "dkv" else tiles.block_n
                     assert tiles.cut <= streamed
                     assert not (tiles.tma and arch in ("sm_80", "sm_86", "gfx942"))

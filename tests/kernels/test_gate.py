@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import kernel_tables
 import pytest
-from kernel_probe import gate
+from kernel_probe import bars, gate
 from kernel_probe.report import Report
 
 REPO = Path(__file__).resolve().parents[2]
@@ -29,23 +31,119 @@ def judged(tmp_path, *arguments):
 
 def test_fast_selection(tmp_path):
     kernels = judged(tmp_path, "--fast")
-    seen = {(row["report"]["name"].split(" [")[0], row["report"]["target"]) for row in kernels}
-    ops = {"rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy_statistics"}
-    ops |= {"cross_entropy_gradient", "adamw", "global_norm"}
-    assert {(op, arch) for op in ops for arch in ("sm_80", "sm_90", "sm_100", "gfx942")} <= seen
+    seen = {(row["kernel"], row["case"], row["arch"]) for row in kernels}
+    archs = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+    main = ("attention_forward", "attention_dq", "attention_dkv")
+    assert {(op, f"bf16 D{D}", arch) for op in main for D in (64, 128) for arch in archs} <= seen
+    ops = {"rms_norm_forward", "rms_norm_backward", "rope", "swiglu_forward", "swiglu_backward", "adamw"}
+    ops |= {"cross_entropy_statistics", "cross_entropy_gradient", "sum_of_squares", "attention_delta", "intervals"}
+    assert {(op, arch) for op in ops for arch in archs} <= {(op, arch) for op, _, arch in seen}
+
+
+LAUNCHES = """if True:
+    import sys
+    from collections import Counter
+    sys.path[:0] = [{repo!r}, {tools!r}]
+    import torch
+    from kernel_probe.launches import pretending, specs_of
+    from megastage.kernels import flash_attention_cases as cases, swiglu_triton
+    from megastage.kernels.registry import ARCHITECTURES, all_cases
+    {body}
+"""
+
+
+def compiled_python(body):
+    """Run Python where kernels are compiled and not interpreted."""
+    code = LAUNCHES.format(repo=str(REPO), tools=str(REPO / "tools"), body=body.replace("\n", "\n    "))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=COMPILED, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_all_masks_launch_one_compiled_kernel():
+    """Documents, windows, offsets and full attention cost what the causal mask costs where no bound cuts: their
+    launches ask for the very same compiled kernel."""
+    compiled_python("""
+for arch in ARCHITECTURES:
+    with pretending(arch) as requests:
+        cases.run(D=128)
+    launched = Counter(r["fn"].fn.__name__ for r in requests)
+    assert all(launched[f"attention_{k}_kernel"] == len(cases.MASKS) == 5 for k in ("forward", "dq", "dkv")), launched
+    plain = [(arch, c) for c in cases.gate_cases(arch)]
+    forms = Counter((s.kernel, s.case) for s in specs_of(plain) if s.tensor)
+    assert max(forms.values()) == 1, forms
+""")
+
+
+def test_a_launch_is_noted_as_triton_would_compile_it():
+    compiled_python("""
+x = torch.zeros(4, 96, dtype=torch.bfloat16)
+with pretending("sm_90") as requests:
+    swiglu_triton.forward(x, x)
+    swiglu_triton.forward(x[:, :40], torch.zeros(4, 129, dtype=torch.bfloat16)[:, 1:41])
+from kernel_probe.launches import spec_of
+from megastage.kernels.registry import GateCase
+aligned, odd = (spec_of(r, "sm_90", GateCase("c", lambda: None)) for r in requests)
+assert aligned.name == "swiglu_forward [c] sm_90" and aligned.num_warps == 4
+assert aligned.signature["up_ptr"] == "*bf16:16" and aligned.signature["F"] == "i32:16", aligned.signature
+assert odd.signature["up_ptr"] == "*bf16" and odd.signature["F"] == "i32" and odd.signature["up_stride"] == "i32"
+assert aligned.constants["BLOCK"] == 128 and odd.constants["BLOCK"] == 64
+with pretending("gfx942") as requests:
+    swiglu_triton.forward(x, x)
+(amd,) = (spec_of(r, "gfx942", GateCase("c", lambda: None)) for r in requests)
+assert amd.signature["up_ptr"] == "*bf16:16,range32", amd.signature
+""")
+
+
+def bar_problems(case, **loop):
+    spec = SimpleNamespace(kernel="attention_forward", arch="sm_90", case=case)
+    figures = {"nontensor_per_kflop": 0.45, "ceil_serial": 0.66, **loop}
+    return "; ".join(bars.missed(spec, report(loop=figures)))
+
+
+def test_static_bars():
+    least_forward_ceiling = bars.BARS[("attention_forward", "sm_90")][1]
+    most = {f"{kernel.removeprefix('attention_')} {arch}": bar[0] for (kernel, arch), bar in bars.BARS.items()}
+    assert most == {
+        "forward sm_90": 0.46,
+        "dkv sm_90": 0.48,
+        "dq sm_90": 0.385,
+        "forward sm_80": 0.71,
+        "dkv sm_80": 0.7,
+    }
+    assert least_forward_ceiling == 0.66
+    assert bar_problems("bf16 D128", nontensor_per_kflop=0.46) == ""
+    assert "0.461 non-MMA" in bar_problems("bf16 D128", nontensor_per_kflop=0.461)
+    assert "ceiling 0.659" in bar_problems("bf16 D128", ceil_serial=0.659)
+    assert bar_problems("bf16 D128 MHA", nontensor_per_kflop=0.48) == ""  # within 5 %
+    assert "non-MMA" in bar_problems("bf16 D128 MHA", nontensor_per_kflop=0.49)
+    assert bar_problems("bf16 D64", nontensor_per_kflop=0.8) == ""
+    spec = SimpleNamespace(kernel="attention_dq", arch="sm_90", case="bf16 D128")
+    cheap = {"nontensor_per_kflop": 0.3, "ceil_serial": 0.7}
+    assert "2 spill" in "; ".join(bars.missed(spec, report(loop=cheap, spills=2)))  # outside the loop too
+
+
+def assert_documented(kernels):
+    """docs/kernels-gate.md shows what was just measured."""
+    page = (REPO / "docs" / "kernels-gate.md").read_text().splitlines()
+    lines = [line for group in kernel_tables.groups(kernels).values() for line in kernel_tables.table(group)]
+    stale = [line for line in lines if line not in page]
+    assert not stale, "make the page anew: " + "\n".join(stale[:5])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_everything(tmp_path):
-    judged(tmp_path)
+    assert_documented(judged(tmp_path))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_everything_on_the_other_triton(tmp_path):
     other = os.environ.get("MEGASTAGE_OTHER_TRITON", "")
     if not (Path(other) / "triton").is_dir():
         pytest.skip("set MEGASTAGE_OTHER_TRITON to a folder made by pip install --no-deps --target DIR triton==3.9.0")
-    judged(tmp_path, "--triton", other)
+    assert_documented(judged(tmp_path, "--triton", other))
 
 
 def report(**changes):
@@ -80,6 +178,12 @@ def test_judgement(changes, tensor, problem):
     assert (problem is None and not problems) or (problem is not None and problem in "; ".join(problems))
 
 
+def test_exact_forms_must_only_fit():
+    slow = {"spills": 900, "loop": {"local": 80}, "unpipelined": 1}
+    assert gate.judge(report(**slow), tensor=True, exact=True) == []
+    assert "does not fit" in gate.judge(report(**slow, ctas_per_sm=0), tensor=True, exact=True)[0]
+
+
 POOR_KERNELS = """
 import triton, triton.language as tl
 @triton.jit
@@ -97,6 +201,7 @@ def test_poor_kernels_fail_and_results_are_cached(tmp_path):
     code = f"""if True:
         import sys
         from pathlib import Path
+from types import SimpleNamespace
         sys.path[:0] = [{str(tmp_path)!r}, {str(REPO)!r}, {str(REPO / "tools")!r}]
         import poor_kernels
         from kernel_probe import gate

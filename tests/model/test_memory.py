@@ -42,6 +42,16 @@ def test_one_device_by_hand() -> None:
     assert got.total == sum((4640, 4640, 9280, 2320, 2976, 19968, got.workspace))
 
 
+def test_ranks_that_share_a_key_value_head_hold_all_of_them() -> None:
+    cfg = ModelConfig("t", 8, 2, 4, 2, 4, 12, 12)
+    divided = 8 * 16 + 16 * 8 + 3 * 8 * 12  # wq, wo, feed-forward
+    two, four = (estimate(cfg, layout(tp=tp), seq_len=16, rows=1)[0] for tp in (2, 4))
+    assert two.parameters == 4 * (2 * (2 * 8 + divided // 2 + 2 * 8 * 8 // 2) + 2 * 12 * 8 // 2 + 8)
+    assert four.parameters == 4 * (2 * (2 * 8 + divided // 4 + 2 * 8 * 8) + 2 * 12 * 8 // 4 + 8)
+    # per token and layer, of which one of the two heads stays a rank's own: (8h + 4 of queries + 6f + 4a) / tp is left
+    assert saved_bytes(cfg, 4) == saved_bytes(cfg, 2) - (8 * 8 + 4 * 16 + 6 * 12 + 4 * 4) // 4
+
+
 def test_llama_8b_at_32k_as_published_formula() -> None:
     """136 GiB of activations without recomputation, 17 on each of 8 tensor-parallel ranks, 8 GiB of layer inputs."""
     (alone,) = estimate(LLAMA_8B, layout(), seq_len=32_768, rows=1)

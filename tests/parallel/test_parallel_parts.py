@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from megastage import build, runtime
+from megastage import boundary, build, runtime
 from megastage.config.layout import Layout, resolve_layout
 from megastage.config.load import load_config
 from megastage.config.model_choice import model_config
@@ -21,6 +22,7 @@ from megastage.parallel.collectives import gather_sequence, reduce_scatter_seque
 from megastage.parallel.context import ContextGroup, make_groups
 from megastage.parallel.mesh import build_mesh
 from megastage.parallel.placement import initialise, local_window, whole_tensor
+from megastage.parallel.tied import find_tied
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -159,6 +161,26 @@ def test_context_groups_are_neighbours_of_the_shard_dimension():
     found = run_ranks(8, _context_groups, 8)
     assert found[0] == [(1, 0, []), (2, 0, [0, 2]), (4, 0, [0, 2, 4, 6])]
     assert found[5] == [(1, 0, []), (2, 0, [5, 7]), (4, 2, [1, 3, 5, 7])]
+
+
+def _connected() -> tuple[set[str], set[str]]:
+    """Names of the groups that a boundary connects on this rank, and of all that the ranks of the run share."""
+    cfg = load_config([*MODEL, "--parallelism.pipeline_parallel_degree", "2", "--model.tied_embeddings"], 8)
+    rt = runtime.start(device_type="cpu")
+    mesh = build_mesh(resolve_layout(cfg, 8), "cpu")
+    context, tied = make_groups(mesh, [2, 4])[2], find_tied(True, mesh)
+    connected: set[str] = set()
+    boundary.dist.all_reduce = lambda _value, group: connected.add(group.group_name)
+    boundary.connect(SimpleNamespace(mesh=mesh, runtime=rt, context=context, model=SimpleNamespace(tied=tied)))
+    used = [dist.group.WORLD, *mesh.root.get_all_groups(), mesh.data.get_group(), context.group, tied.group]
+    return connected, {group.group_name for group in used if group is not None}
+
+
+def test_a_boundary_connects_every_group_that_updates_use():
+    """FSDP's, the rows' and the tied embedding's too: a first collective inside an update may be slow."""
+    for connected, used in run_ranks(8, _connected):
+        assert connected == used
+        assert len(used) >= 6
 
 
 def test_context_slices_cover_a_row_once_and_even_out_causal_work():

@@ -176,6 +176,7 @@ def _transformers_loss_of_step(config: Path, folder: Path, step: int) -> float:
 
 def test_the_last_save_may_be_hugging_face_weights(config, tmp_path):
     argv = _argv(config, tmp_path, "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf")
+    (tmp_path / "checkpoint" / "step-4.hf.tmp").mkdir(parents=True)  # left by a run that was killed meanwhile
     train(1, argv)
     assert _steps(tmp_path) == ["step-2", "step-4.hf"]
     described = json.loads((tmp_path / "checkpoint" / "step-4.hf" / "config.json").read_text())

@@ -197,6 +197,20 @@ def test_a_missing_tokenizer_is_named_with_its_key():
         startup.open_tokenizer(cfg)
 
 
+@pytest.mark.parametrize("folder", ["weights", "absent"])
+def test_a_folder_without_a_tokenizer_serves_where_no_text_is_read(folder, tmp_path):
+    (tmp_path / "weights").mkdir()
+    argv = ["--model.hf_assets_path", str(tmp_path / folder), "--training.dataset_type"]
+    data = ["--training.dataset_path", str(tmp_path)]
+    assert startup.open_tokenizer(load_config([*argv, "nanoset", *data])) is None
+    with pytest.raises(ValueError, match=r"^model.hf_assets_path = .*no (tokenizer in|such file)"):
+        startup.open_tokenizer(load_config([*argv, "huggingface", *data]))
+    (tmp_path / "weights" / "tokenizer.json").write_text("{")
+    if folder == "weights":
+        with pytest.raises(ValueError, match=r"^model.hf_assets_path"):
+            startup.open_tokenizer(load_config([*argv, "nanoset", *data]))
+
+
 def test_what_changes_the_updates_of_a_resumed_run_is_shown():
     saved = load_config(["--training.steps", "100"]).model_dump(mode="json")
     now = load_config(["--training.steps", "120", "--optimizer.lr", "1e-3", "--training.max_norm", "1.0"])

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from training import TINY, layout_flags, records, train, write_nanoset
+
+from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -159,6 +162,19 @@ def test_an_edited_past_is_refused_before_any_tensor_is_read(uncut, config, tmp_
     assert (out / "checkpoint" / "step-5").is_dir()
 
 
+def test_a_stage_that_has_begun_may_be_renamed(uncut, config, tmp_path):
+    _cut_after(uncut["one"], tmp_path, 6)
+    run = train(1, _argv(config, tmp_path, {}, "--training.data_stages.0.name", "opening"))
+    full = records(["--job.dump_folder", str(uncut["one"])])
+    assert [r["loss"] for r in run] == [r["loss"] for r in full]
+    state = json.loads((tmp_path / "checkpoint" / "step-8" / "train_state.json").read_text())
+    assert {name: sum(rows.values()) for name, rows in state["consumed_samples"].items()} == {
+        "opening": 16,
+        "second": 16,
+    }
+    assert [stage["name"] for stage in state["dataloader_state"]["stages"]] == ["opening", "second"]
+
+
 def test_two_runs_do_not_share_a_checkpoint_folder(uncut, config, tmp_path, capfd):
     out = tmp_path / "out"
     _cut_after(uncut["one"], out, 7)
@@ -168,6 +184,31 @@ def test_two_runs_do_not_share_a_checkpoint_folder(uncut, config, tmp_path, capf
             train(1, _argv(config, out))
     assert "in use by another run" in capfd.readouterr().err
     assert train(1, _argv(config, out))[-1]["step"] == 8
+
+
+def _signalled(argv: list[str], step: int, rank: int) -> int:
+    """Exit code of a run in which one rank is told to stop during the update after `step`."""
+    import pretrain
+    from megastage import trainer
+
+    plain = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> Any:
+        if (self.step, self.runtime.rank) == (step, rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self)
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
+    return pretrain.main(argv)
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_save(uncut, config, tmp_path):
+    argv = _argv(config, tmp_path, {"dp": 2}, "--checkpoint.interval", "100", "--checkpoint.async_mode", "async")
+    assert run_ranks(2, _signalled, argv, 2, 1) == [0, 0]
+    assert [path.name for path in (tmp_path / "checkpoint").glob("step-*")] == ["step-3"]
+    run, full = train(2, argv), records(["--job.dump_folder", str(uncut["one"])])
+    assert [(r["step"], r["sample_digest"]) for r in run] == [(r["step"], r["sample_digest"]) for r in full]
+    assert [r["loss"] for r in run] == pytest.approx([r["loss"] for r in full], rel=1e-5)
 
 
 def _worker(launcher: int) -> int:

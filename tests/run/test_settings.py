@@ -212,6 +212,10 @@ def test_estimates_follow_the_stage_and_the_precisions():
         (["--checkpoint.enable", "--checkpoint.export_dtype", "bfloat16"], "nothing is exported"),
         (["--checkpoint.exclude_from_loading", '["lr_scheduler"]'], "function of the step"),
         (["--checkpoint.exclude_from_loading", '["train_state"]'], "initial_load_path"),
+        (
+            ["--checkpoint.exclude_from_loading", '["optimizer"]', "--checkpoint.initial_load_path", "elsewhere"],
+            "nothing but the model is loaded from initial_load_path",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_errors(flags, message):
@@ -226,13 +230,28 @@ def test_memory_snapshots_need_cuda(config, tmp_path):
         train(1, _argv(config, tmp_path, "--profiling.enable_memory_snapshot"))
 
 
-def _deterministic(argv: list[str]) -> bool:
+def _deterministic(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
+    """Whether torch is strict about it in the end, and what the environment held when the ranks were joined."""
     import pretrain
 
+    names, seen = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"), {}
+    start = runtime.start
+
+    def watched(*args: float) -> runtime.Runtime:
+        seen.update({name: os.environ.get(name) for name in names})
+        return start(*args)
+
+    pretrain.runtime.start = watched
     assert pretrain.main(argv) == 0
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return (
+        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        seen,
+    )
 
 
 def test_deterministic_algorithms(config, tmp_path):
+    """Libraries read the environment once, when they first connect."""
     flags = ["--debug.deterministic", "--training.steps", "1"]
-    assert run_ranks(1, _deterministic, _argv(config, tmp_path, *flags)) == [True]
+    [(strict, environment)] = run_ranks(1, _deterministic, _argv(config, tmp_path, *flags))
+    assert strict
+    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}

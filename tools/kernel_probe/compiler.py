@@ -13,43 +13,50 @@ from kernel_probe.machines import MACHINES, occupancy
 from kernel_probe.report import Report
 from kernel_probe.sass import Instruction, cuobjdump, find_loops, parse, resources
 
+PROMISES = {"16": ["tt.divisibility", 16], "range32": ["tt.pointer_range", 32]}
 TENSOR_LOOP_SPECIALS = 8  # this many exponentials mark the softmax partition of a warp-specialised kernel
+
+
+def gpu_target(arch: str) -> Any:
+    """Triton's name of a chip: "sm_90" or "gfx942". The 8.6 generation runs the code of 8.0."""
+    from triton.backends.compiler import GPUTarget
+
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", {"sm_86": 80}.get(arch) or int(arch.removeprefix("sm_")), 32)
 
 
 def compile_kernel(
     fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], arch: str, warps: int, stages: int,
     options: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
-    """Triton's compiled kernel. signature: name to "<type>[:16|:1]" or "None"; constants: tl.constexpr arguments.
+    """Triton's compiled kernel. signature: name to "<type>[:promises]" or "None", as in the registry's KernelSpec;
+    constants: tl.constexpr arguments.
 
     Raises KeyError for an argument that has neither a type nor a value.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
 
     while not isinstance(fn, triton.runtime.jit.JITFunction):
         fn = fn.fn  # autotuners and heuristics wrap the function
     types: dict[str, str] = {}
     values: dict[Any, Any] = {}
-    attributes = {}
+    attributes: dict[Any, list[list[Any]]] = {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:
             types[name], values[name] = "constexpr", constants[name]
             continue
         if name not in signature:
             raise KeyError(f"no type or constant for argument {name!r} of {fn.__name__}")
-        base, _, promise = str(signature[name]).partition(":")
-        if promise == "1" or base == "None":
-            types[name], values[name] = "constexpr", 1 if promise else None
+        base, _, promises = str(signature[name]).partition(":")
+        if promises == "1" or base == "None":
+            types[name], values[name] = "constexpr", 1 if promises else None
             continue
         types[name] = base
-        if promise == "16":
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        attributes[(i,)] = [PROMISES[promise] for promise in promises.split(",") if promise]
     source = triton.compiler.ASTSource(fn=fn, signature=types, constexprs=values, attrs=attributes)
-    is_amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     settings = {"enable_fp_fusion": True, "num_warps": warps, "num_stages": stages, **(options or {})}
-    return triton.compile(source, target=target, options=settings)
+    return triton.compile(source, target=gpu_target(arch), options=settings)
 
 
 def probe(

@@ -6,10 +6,11 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kernel_probe.bars import missed
 from kernel_probe.compiler import probe
 from kernel_probe.report import Report
 
@@ -23,10 +24,19 @@ NARROW_BYTES = 8  # a kernel without tensor loops must load at least this much a
 class Verdict:
     """problems: empty if the kernel passes. cached: the figures come from an earlier run of the same source."""
 
-    name: str
+    kernel: str
+    case: str
+    arch: str
     report: Report | None
     problems: list[str]
     cached: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} [{self.case}] {self.arch}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "report": self.report.as_dict() if self.report else None}
 
 
 def source_key(spec: KernelSpec) -> str:
@@ -42,11 +52,13 @@ def source_key(spec: KernelSpec) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def judge(report: Report, tensor: bool, scalar: bool = False) -> list[str]:
-    """What is wrong with a kernel; `tensor` and `scalar` as in KernelSpec."""
+def judge(report: Report, tensor: bool, scalar: bool = False, exact: bool = False) -> list[str]:
+    """What is wrong with a kernel; `tensor`, `scalar` and `exact` as in KernelSpec."""
     problems = []
     if report.ctas_per_sm < 1:
         problems.append(f"does not fit on a multiprocessor ({report.limiter}: {report.shared} B shared)")
+    if exact:
+        return problems
     if not tensor:
         if report.spills:
             problems.append(f"{report.spills} spill instructions")
@@ -66,10 +78,12 @@ def judge(report: Report, tensor: bool, scalar: bool = False) -> list[str]:
 
 def check(spec: KernelSpec, cache: Path | None) -> Verdict:
     """Compile (or take the cached figures of the same source) and judge."""
+    name = (spec.kernel, spec.case, spec.arch)
     file = cache / f"{source_key(spec)}.json" if cache else None
     cached = file is not None and file.exists()
     if file is not None and cached:
-        report = Report.from_dict(json.loads(file.read_text()))
+        # two cases may need one compiled form
+        report = replace(Report.from_dict(json.loads(file.read_text())), name=f"{spec.kernel} [{spec.case}]")
     else:
         try:
             report = probe(
@@ -77,13 +91,14 @@ def check(spec: KernelSpec, cache: Path | None) -> Verdict:
                 num_stages=spec.num_stages, name=f"{spec.kernel} [{spec.case}]", options=spec.options,
             )  # fmt: skip
         except Exception as error:  # whatever the compiler throws is the verdict on this kernel, not the end of the run
-            return Verdict(spec.name, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
+            return Verdict(*name, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{multiprocessing.current_process().pid}.part")
             part.write_text(json.dumps(report.as_dict()))
             part.replace(file)
-    return Verdict(spec.name, report, judge(report, spec.tensor, spec.scalar), cached)
+    problems = judge(report, spec.tensor, spec.scalar, spec.exact) + missed(spec, report)
+    return Verdict(*name, report, problems, cached)
 
 
 _SPECS: Sequence[KernelSpec] = ()

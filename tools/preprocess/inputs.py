@@ -167,6 +167,9 @@ def _row_groups(file: InputFile, text_field: str, piece_bytes: int) -> Iterator[
     if text_field not in paths:
         names = ", ".join(paths[:20])
         raise InputError(f"{file.path}: no column {text_field!r}; it has {names}; choose one with --text-field")
+    rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if rows != metadata.num_rows:
+        raise InputError(f"{file.path}: damaged: {rows} rows of {metadata.num_rows} recorded; replace or remove it")
     # A group's share of the file by its size before compression: in damaged files pyarrow ends the process when asked
     # for that of a column's chunk.
     sizes = [max(0, metadata.row_group(group).total_byte_size) for group in range(metadata.num_row_groups)]

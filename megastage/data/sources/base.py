@@ -335,7 +335,7 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
         source = reader(str(local) if dataset_type == "huggingface" else Path(local), options)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read as {dataset_type} ({error})") from error
-    except SourceError as error:
+    except ValueError as error:
         if local is path:
             raise
         raise SourceError(str(error).replace(str(local), str(path))) from error

@@ -17,6 +17,8 @@ from megastage.data.sources.base import SourceError
 
 _BATCH_ROWS, _BATCH_BYTES = 1 << 16, 16 << 20
 _BUFFER_BYTES = 1 << 20
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_OLD_END = b"\0\0\0\0"  # before Arrow 0.15
 
 
 def data_files(path: Path) -> list[Path]:
@@ -65,11 +67,29 @@ def record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
         reader = _ipc_reader(source)
         names = [name for name in reader.schema.names if name in columns]
         if isinstance(reader, pa.RecordBatchFileReader):
-            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = reader
-        for batch in batches:
+            for i in range(reader.num_record_batches):
+                yield reader.get_batch(i).select(names)
+            return
+        stop = source.tell()
+        for batch in reader:
+            stop = source.tell()
             yield batch.select(names)
+        _check_end(file, stop)
+
+
+def _check_end(file: Path, stop: int) -> None:
+    """A stream must go on, behind its last message, with its end mark and nothing more.
+
+    pyarrow takes the end of the file for the end of the stream, also where the file was cut between two messages.
+    """
+    with open(file, "rb") as opened:
+        opened.seek(stop)
+        end = opened.read(len(_END) + 1)
+    if end not in (_END, _OLD_END):
+        found = "has more data behind" if end.startswith((_END, _OLD_END)) else "ends without"
+        raise SourceError(
+            f"{file}: {found} the mark that ends an Arrow stream: it is truncated, or files were joined; write it again"
+        )
 
 
 def batches_from(file: Path, columns: tuple[str, ...], row: int) -> Iterator[tuple[pa.RecordBatch, int]]:
@@ -104,9 +124,23 @@ def _parquet_batches(file: Path, columns: tuple[str, ...], first_group: int = 0)
         names = [name for name in table.schema_arrow.names if name in columns]
         row_bytes = encoded_bytes(table.metadata) // max(1, table.metadata.num_rows)
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+        found = 0
         # no threads: after an error in one column they would go on reading another from a file that is closed
         groups = range(first_group, table.metadata.num_row_groups)
-        yield from table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False)
+        for batch in table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False):
+            found += batch.num_rows
+            yield batch
+        if first_group == 0 and found != table.metadata.num_rows:
+            raise SourceError(
+                f"{file}: its row groups give {found} rows, but {table.metadata.num_rows} are recorded: the file is "
+                "damaged, write it again"
+            )
+
+
+def parquet_bytes(file: Path) -> int:
+    """As `encoded_bytes`, of a file. Raises SourceError for files pyarrow refuses."""
+    with _errors_named(file):
+        return encoded_bytes(pq.read_metadata(file))
 
 
 def encoded_bytes(metadata: Any) -> int:

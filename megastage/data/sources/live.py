@@ -32,7 +32,7 @@ _PACKED_RATIO = 3  # of compressed text, for estimates
 class LiveText(TokenSource):
     """Documents as in `TokenSource`, at the same positions as if all text had been tokenized, of which few are known.
 
-    A position can be read once its chunk has been opened, by `chunk`. n_tokens is an estimate until the end was seen;
+    A position can be read once its chunk has been opened, by `chunk`. n_tokens: an estimate, equal on every rank;
     streams: how many virtual streams the documents feed.
     """
 
@@ -90,8 +90,6 @@ class LiveText(TokenSource):
             for known in (chunk.start, chunk.next):
                 if known is not None:
                     self._learn(known)
-            if chunk.next is None:
-                self.n_tokens = chunk.start.token + chunk.tokens.size
             self._opened[start.number] = chunk
             while len(self._opened) > _OPEN_CHUNKS:
                 self._opened.popitem(last=False)

@@ -60,6 +60,8 @@ def _open_triple(prefix: Path) -> Part:
     )
     tokens = _load(token_file)
     row_tokens = tokens.shape[1] if tokens.ndim == 2 else None
+    if tokens.dtype.kind == "b":
+        raise SourceError(f"{token_file}: holds truth values, expected tokens; is it the mask?")
     if tokens.ndim not in (1, 2) or not tokens.size:
         raise SourceError(f"{token_file}: shape {tokens.shape}; expected tokens [n] or rows of tokens [rows, length]")
     shape, tokens = tokens.shape, tokens.reshape(-1)
@@ -85,8 +87,15 @@ def _load(file: Path) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as a Python literal: damage raises almost anything
         raise SourceError(f"{file}: not readable as a plain numpy array ({error}); write it again") from None
-    if array.dtype.kind not in "iub":
-        raise SourceError(f"{file}: holds {array.dtype}, expected integers")
+    if not isinstance(array, np.memmap):
+        raise SourceError(f"{file}: not a plain numpy array but {type(array).__name__}; save the array by itself")
+    if array.dtype.kind not in "iub" or array.dtype.newbyteorder("<") != array.dtype:
+        raise SourceError(f"{file}: holds {array.dtype.str}, expected little-endian integers; convert it")
+    size, wanted = file.stat().st_size, array.offset + array.nbytes
+    if size != wanted:
+        raise SourceError(
+            f"{file}: {size} bytes, but its header (shape {array.shape}) needs {wanted}; damaged, write it again"
+        )
     if not array.flags.c_contiguous:
         raise SourceError(f"{file}: stored in Fortran order; save it in C order")
     return np.asarray(array)

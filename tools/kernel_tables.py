@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Tables for docs/kernels-gate.md out of what the gate wrote.
+
+python tools/kernel_gate.py --json A.json
+python tools/kernel_gate.py --json B.json --triton DIR   (DIR: pip install --no-deps --target DIR triton==3.9.0)
+python tools/kernel_tables.py A.json B.json > docs/kernels-gate.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+HEAD = """# Gate table
+
+Every compiled form of every kernel that is launched, for every architecture, without a GPU. Made by
+
+    python tools/kernel_gate.py --json A.json
+    pip install --no-deps --target DIR triton==3.9.0
+    python tools/kernel_gate.py --json B.json --triton DIR
+    python tools/kernel_tables.py A.json B.json > docs/kernels-gate.md
+
+What the gate asks for, and how the figures are counted: [kernels.md](kernels.md#how-they-are-proven). Each case runs
+causal, full, windowed, offset and packed-document attention, and all of them launch the same compiled kernel."""
+NOTES = {
+    "attention": "A cell: registers a thread / spill instructions in the tensor loops (whole kernel) / blocks per "
+    "multiprocessor / loads of the main loop / non-MMA instructions per kflop / ceiling without overlap. The last two "
+    "are not counted for AMD. fp32 forms must compile and fit; they are not held to the rules of speed.",
+    "others": "A cell: registers a thread / spill instructions / blocks per multiprocessor / widest load.",
+}
+
+
+def main_loop(report: dict[str, Any]) -> dict[str, Any]:
+    loops = [loop for loop in report["loops"] if loop["mma"]]
+    return max(loops, key=lambda loop: (loop["flop"] or loop["mma"], -loop["total"]), default={})
+
+
+def cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    report = entry["report"]
+    if report is None:
+        return "does not compile"
+    failed = "**fails** " if entry["problems"] else ""
+    loop = main_loop(report)
+    figures = [report["registers"], report["spills"], report["ctas_per_sm"], report["loads"]]
+    if loop:
+        figures[1] = f"{sum(x['local'] for x in report['loops'])} ({report['spills']})"
+        figures += [x for x in (loop.get("nontensor_per_kflop"), loop.get("ceil_serial")) if x is not None]
+    return failed + " / ".join(map(str, figures))
+
+
+def groups(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {"attention": [], "others": []}
+    for entry in entries:
+        is_main = entry["kernel"] in ("attention_forward", "attention_dq", "attention_dkv")
+        found["attention" if is_main else "others"].append(entry)
+    return found
+
+
+def table(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Kernels by architectures."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        row = unique(found, f"{entry['kernel']} [{entry['case']}]", entry["arch"])
+        found.setdefault(row, {})[entry["arch"]] = entry
+    archs = list(dict.fromkeys(entry["arch"] for entry in entries))
+    lines = ["| kernel | " + " | ".join(archs) + " |", "|" + "---|" * (1 + len(archs))]
+    for name, row in found.items():
+        lines.append(f"| {name} | " + " | ".join(cell(row.get(arch)) for arch in archs) + " |")
+    return lines
+
+
+def unique(found: dict[str, dict[str, Any]], name: str, arch: str) -> str:
+    """A case may need several forms of one kernel (with and without a gradient of lse): number them."""
+    number = 1
+    row = name
+    while arch in found.get(row, {}):
+        number += 1
+        row = f"{name} #{number}"
+    return row
+
+
+def bars(files: Sequence[dict[str, Any]]) -> list[str]:
+    from kernel_probe.bars import BARS, PLAIN
+
+    lines = ["| kernel | target | bar | " + " | ".join(f"Triton {file['triton']}" for file in files) + " |"]
+    lines.append("|" + "---|" * (3 + len(files)))
+    for (kernel, arch), (most, least) in BARS.items():
+        texts = []
+        for file in files:
+            for entry in file["kernels"]:
+                if (entry["kernel"], entry["arch"], entry["case"]) == (kernel, arch, PLAIN):
+                    report, loop = entry["report"], main_loop(entry["report"])
+                    tile = f"{report['warps']} warps, {report['stages']} stages, {report['registers']} registers"
+                    spills = f"{report['spills']} spills, {report['loads']}"
+                    texts.append(f"**{loop['nontensor_per_kflop']}**, {loop['ceil_serial']} ({tile}, {spills})")
+        bound = f"<= {most}" + (f", >= {least}" if least else "")
+        lines.append(f"| {kernel} | {arch} | {bound} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def page(files: Sequence[dict[str, Any]]) -> str:
+    lines = [HEAD, "", "## Static bars", ""]
+    lines += ["bf16, head dimension 128: non-MMA instructions per kflop of the main loop, ceiling without overlap.", ""]
+    lines += bars(files)
+    for file in files:
+        failed = sum(bool(entry["problems"]) for entry in file["kernels"])
+        for name, entries in groups(file["kernels"]).items():
+            lines += ["", f"## Triton {file['triton']}: {name}", ""]
+            if name == "attention":
+                lines += [f"{len(file['kernels'])} kernels in all, {failed} fail.", ""]
+            lines += [NOTES[name], "", *table(entries)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="written by kernel_gate.py --json")
+    options = parser.parse_args(argv)
+    sys.path.insert(0, str(REPO))
+    print(page([json.loads(Path(file).read_text()) for file in options.files]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
