@@ -93,7 +93,8 @@ def flex(length: int, ends: tuple[int, ...], device: torch.device) -> Callable[[
 @cache
 def _compile(fn: Callable[..., Any], key: bool) -> Callable[..., Any]:
     """One compiled function a mask: the second length makes it general. fullgraph: what cannot be compiled raises,
-    where the silent way out would form all scores."""
+    where the silent way out would form all scores; so would the limit on compilations."""
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(fn, fullgraph=True)
 
 

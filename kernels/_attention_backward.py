@@ -17,6 +17,7 @@ from megastage.kernels._attention_common import (
     load_block,
     load_rows,
     load_tile,
+    product,
     query_tile,
     row_pointers,
     store_rows,
@@ -27,14 +28,16 @@ from megastage.kernels._attention_common import (
 
 @triton.jit
 def attention_delta_kernel(
-    OUT, DOUT, LSE, DLSE, LSE2, DELTA,
-    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+    OUT, DOUT, LSE, DLSE, LSE2, DELTA, LOW, HIGH,
+    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_bounds,
     T, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr, LONE: tl.constexpr,
 ):  # fmt: skip
-    """Per query: LSE2 = lse in units of log2 and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
+    """Per query: LSE2 = lse in units of log2 (for fp32 of e) and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
 
     Queries without keys get LSE2 = +inf, which makes their probabilities 0 in the main kernels.
+    LONE: mark queries that see one key, and no sink, by LSE2 = NaN. Their probability is 1 and out * dout cancels, so
+    that DELTA is -dlse. The main kernels take them as such where they work in fp32.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     start = (tl.program_id(0) % tiles) * BLOCK_M
@@ -46,12 +49,32 @@ def attention_delta_kernel(
     dout = load_rows(DOUT + b * stride_db + h * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
     row = bh.to(tl.int64) * T + t
     lse = tl.load(LSE + row, mask=t < T, other=float("-inf"))
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if OUT.dtype.element_ty == tl.float32:
+        delta = tl.sum(out.to(tl.float64) * dout.to(tl.float64), 1).to(tl.float32)
+        lse2 = lse
+    else:
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        lse2 = lse * LOG2E
     if HAS_DLSE:
         delta -= tl.load(DLSE + row, mask=t < T, other=0.0)
     empty = lse == float("-inf")
-    tl.store(LSE2 + row, tl.where(empty, float("inf"), lse * LOG2E), mask=t < T)
+    if LONE:
+        low = tl.load(LOW + b * stride_bounds + t, mask=t < T, other=0)
+        high = tl.load(HIGH + b * stride_bounds + t, mask=t < T, other=0)
+        lone = high - low == 1
+        lse2 = tl.where(lone, float("nan"), lse2)
+        if HAS_DLSE:
+            delta = tl.where(lone, -tl.load(DLSE + row, mask=t < T, other=0.0), delta)
+        else:
+            delta = tl.where(lone, 0.0, delta)
+    tl.store(LSE2 + row, tl.where(empty, float("inf"), lse2), mask=t < T)
     tl.store(DELTA + row, tl.where(empty, 0.0, delta), mask=t < T)
+
+
+@triton.jit
+def _lone(lse2):
+    """True where the delta kernel marked a query that sees one key."""
+    return lse2 != lse2
 
 
 @triton.jit
@@ -59,16 +82,22 @@ def _probability(scores, lse2, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.
     """(p, t): probabilities from raw products, and the capped score as a share of the cap (used by its derivative)."""
     if SOFTCAP:
         t = tanh(scores * (scale / softcap), EXACT)
+        if EXACT:
+            return tl.where(_lone(lse2), 1.0, tl.math.exp2((t * softcap - lse2) * LOG2E)), t
         return tl.math.exp2(t * (softcap * LOG2E) - lse2), t
+    if EXACT:
+        return tl.where(_lone(lse2), 1.0, tl.math.exp2((scores * scale - lse2) * LOG2E)), scores
     return tl.math.exp2(scores * (scale * LOG2E) - lse2), scores
 
 
 @triton.jit
 def _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of the scores of one block."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    scores = product(q, tl.trans(k), None, PRECISION)
+    dp = product(dout, tl.trans(v), None, PRECISION)
     p, capped = _probability(scores, lse2[:, None], scale, softcap, SOFTCAP, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        dp = tl.where(_lone(lse2)[:, None], 0.0, dp)
     ds = p * (dp - delta[:, None])
     if SOFTCAP:
         ds = ds * (1.0 - capped * capped)
@@ -89,7 +118,7 @@ def _dq_full_blocks(
             k = load_block(K_DESC, s, kv_head, stride_kh, BLOCK_N, D, BLOCK_D)
             v = load_block(V_DESC, s, kv_head, stride_vh, BLOCK_N, D, BLOCK_D)
             ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = product(ds.to(k.dtype), k, dq, PRECISION)
     else:
         k_pointers = row_pointers(k_base, full_start, stride_ks, BLOCK_N, BLOCK_D)
         v_pointers = row_pointers(v_base, full_start, stride_vs, BLOCK_N, BLOCK_D)
@@ -97,7 +126,7 @@ def _dq_full_blocks(
             k = load_tile(k_pointers, D, BLOCK_D)
             v = load_tile(v_pointers, D, BLOCK_D)
             ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = product(ds.to(k.dtype), k, dq, PRECISION)
             k_pointers += BLOCK_N * stride_ks
             v_pointers += BLOCK_N * stride_vs
     return dq
@@ -118,7 +147,7 @@ def _dq_cut_blocks(
         ds = _dq_scores(q, dout, k, v, lse2, delta, scale, softcap, SOFTCAP, PRECISION)
         seen = ((s + cut)[None, :] < high[:, None]) & ((s + cut)[None, :] >= low[:, None])
         ds = tl.where(seen, ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = product(ds.to(k.dtype), k, dq, PRECISION)
     return dq
 
 
@@ -175,7 +204,7 @@ def _dkv_probability(
     q, k, lse2, seen, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Scores are computed transposed, [keys, queries], so that they are left operands of both products."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    scores = product(k, tl.trans(q), None, PRECISION)
     p, capped = _probability(scores, lse2[None, :], scale, softcap, SOFTCAP, q.dtype == tl.float32)
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -184,14 +213,16 @@ def _dkv_probability(
 
 @triton.jit
 def _dkv_gradient(
-    p, capped, q, dk, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+    p, capped, q, dk, lse2, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):
+    if q.dtype == tl.float32:
+        dp = tl.where(_lone(lse2)[None, :], 0.0, dp)
     ds = p * (dp - delta[None, :])
     if SOFTCAP:
         ds = ds * (1.0 - capped * capped)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return product(ds.to(q.dtype), q, dk, PRECISION)
 
 
 @triton.jit
@@ -212,10 +243,10 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_block(DOUT_DESC, d_row + t, h, stride_dh, BLOCK_M, D, BLOCK_D)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = product(v, tl.trans(dout), None, PRECISION)
+            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
             delta = tl.load(delta_row + t + m)
-            dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
     else:
         q_pointers = row_pointers(q_base, full_start, stride_qt, BLOCK_M, BLOCK_D)
         d_pointers = row_pointers(d_base, full_start, stride_dt, BLOCK_M, BLOCK_D)
@@ -224,10 +255,10 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_tile(d_pointers, D, BLOCK_D)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = product(v, tl.trans(dout), None, PRECISION)
+            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
             delta = tl.load(delta_row + t + m)
-            dk = _dkv_gradient(p, capped, q, dk, delta, dp, m, False, SOFTCAP, PRECISION)
+            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
             q_pointers += BLOCK_M * stride_qt
             d_pointers += BLOCK_M * stride_dt
     return dk, dv
@@ -249,10 +280,10 @@ def _dkv_cut_blocks(
         seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
         p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
         dout = load_rows(d_base, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = product(v, tl.trans(dout), None, PRECISION)
+        dv = product(p.to(dout.dtype), dout, dv, PRECISION)
         delta = tl.load(delta_row + t + cut, mask=inside, other=0.0)
-        dk = _dkv_gradient(p, capped, q, dk, delta, dp, seen, True, SOFTCAP, PRECISION)
+        dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, seen, True, SOFTCAP, PRECISION)
     return dk, dv
 
 

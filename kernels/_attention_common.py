@@ -14,7 +14,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Start of the running maximum: finite, so that rows which have seen no key yet never compute inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit(do_not_specialize=["rows", "limit", "q_offset", "window", "entries"])
@@ -142,8 +142,10 @@ def load_block(DESC, row, head, stride_head, ROWS: tl.constexpr, D: tl.constexpr
     """Rows [row, row + ROWS) of one head by TMA descriptor, as [ROWS, BLOCK_D]."""
     if D < BLOCK_D:
         # a dimension of its own for the head: what lies behind its D columns is never read, and comes as 0
-        return DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
-    return DESC.load([row, head * stride_head])
+        tile = DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        tile = DESC.load([row, head * stride_head])
+    return tile
 
 
 @triton.jit
@@ -175,15 +177,18 @@ def store_rows(base, start, stride, high, value, ROWS: tl.constexpr, D: tl.const
 
 
 @triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b, added to acc if there is one. PRECISION: as tl.dot takes it for fp32, or "fp64" to sum in that."""
+    if PRECISION == "fp64":
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32) if acc is None else (acc + wide).to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """Hyperbolic tangent; EXACT adds the series near 0, where the quotient cancels in fp32."""
-    y = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+    """Hyperbolic tangent; EXACT: right to the last digits of fp32, where the quotient in fp32 would cancel near 0."""
     if EXACT:
-        z = x * x
-        p = -1382.0 / 155925.0
-        p = p * z + 62.0 / 2835.0
-        p = p * z - 17.0 / 315.0
-        p = p * z + 2.0 / 15.0
-        p = p * z - 1.0 / 3.0
-        y = tl.where(z < 0.04, x + x * z * p, y)
-    return y
+        wide = x.to(tl.float64)
+        return (1.0 - 2.0 / (1.0 + tl.math.exp2(wide * (2.0 * LOG2E)))).to(tl.float32)
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))

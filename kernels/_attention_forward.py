@@ -13,6 +13,7 @@ from megastage.kernels._attention_common import (
     load_block,
     load_rows,
     load_tile,
+    product,
     query_tile,
     row_pointers,
     store_rows,
@@ -23,10 +24,15 @@ from megastage.kernels._attention_common import (
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """(scores, factor): scores * factor is in units of log2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    """(scores, factor): scores * factor is in units of log2. fp32 scores are final: their factor is log2(e) alone."""
+    scores = product(q, tl.trans(k), None, PRECISION)
     if SOFTCAP:
-        return tanh(scores * (scale / softcap), q.dtype == tl.float32), softcap * LOG2E
+        capped = tanh(scores * (scale / softcap), q.dtype == tl.float32)
+        if q.dtype == tl.float32:
+            return capped * softcap, LOG2E
+        return capped, softcap * LOG2E
+    if q.dtype == tl.float32:
+        return scores * scale, LOG2E
     return scores, scale * LOG2E
 
 
@@ -35,14 +41,21 @@ def _fold(scores, factor, v, acc, total, top, PRECISION: tl.constexpr):
     """Fold one block of keys into the running softmax.
 
     `total` is [rows, 8]: the partial sums of every 8th column need no exchange between the threads of a row, which
-    each step would otherwise pay for; the caller adds them up at the end.
+    each step would otherwise pay for; the caller adds them up at the end. `top` is in units of log2, but for fp32 in
+    those of the scores: subtracting first keeps the digits that a factor of log2(e) rounds off large scores, for one
+    instruction more.
     """
-    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-    p = tl.math.exp2(scores * factor - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
+    if v.dtype == tl.float32:
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.math.exp2((scores - new_top[:, None]) * factor)
+        shrink = tl.math.exp2((top - new_top) * factor)
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = tl.math.exp2(scores * factor - new_top[:, None])
+        shrink = tl.math.exp2(top - new_top)
     total = total * shrink[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
     acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = product(p.to(v.dtype), v, acc, PRECISION)
     return acc, total, new_top
 
 
@@ -125,7 +138,8 @@ def attention_forward_kernel(
     q = load_rows(Q + b * stride_qb + h.to(tl.int64) * stride_qh, start, stride_qt, 0, T, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_SINK:
-        top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * LOG2E, LOWEST)
+        unit = 1.0 if q.dtype == tl.float32 else LOG2E
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(SINK + h) * unit, LOWEST)
         total = tl.zeros([BLOCK_M, 8], tl.float32) + 0.125
     else:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -147,5 +161,9 @@ def attention_forward_kernel(
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
     store_rows(OUT + b * stride_ob + h.to(tl.int64) * stride_oh, start, stride_ot, T, out, BLOCK_M, D, BLOCK_D)
-    lse = tl.where(empty, float("-inf"), (top + tl.math.log2(total)) * (1.0 / LOG2E))
+    if q.dtype == tl.float32:
+        lse = top + tl.math.log2(total) * (1.0 / LOG2E)
+    else:
+        lse = (top + tl.math.log2(total)) * (1.0 / LOG2E)
+    lse = tl.where(empty, float("-inf"), lse)
     tl.store(LSE + bh.to(tl.int64) * T + t, lse, mask=t < T)

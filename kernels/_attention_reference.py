@@ -1,7 +1,8 @@
 """Attention in plain PyTorch: the meaning of the Triton kernels, and what runs without a GPU.
 
 Two paths. On CPUs each document is one call of PyTorch's own tiled kernel, so cost follows the documents and no [T, S]
-tensor is made. With a window or a softcap, or on another device, blocks of queries meet just the keys they can see.
+tensor is made. With a window, a softcap or a sink, or on another device, blocks of queries meet just the keys that they
+can see.
 Shapes: queries B T H D, keys and values B S K D; K key/value heads serve G = H / K query heads each; lse B H T.
 """
 
@@ -52,7 +53,7 @@ def attention_forward(
     lse = torch.full((B, H, T), -math.inf, dtype=_lse_dtype(q), device=q.device)
     if q.numel() == 0 or k.shape[1] == 0:
         return out, lse
-    tiled = _tiled(q, geometry)
+    tiled = _tiled(q, geometry, sink)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     for b in range(B):
         row = None if bounds is None else bounds[b]
@@ -61,11 +62,6 @@ def attention_forward(
             continue
         for segment in _segments(row, T, k.shape[1], geometry):
             _tiled_forward(q[b], k[b], v[b], segment, geometry.scale, out[b], lse[b])
-        if sink is not None:
-            seen = lse[b] > -math.inf
-            total = torch.where(seen, torch.logaddexp(lse[b], sink.to(lse.dtype)[:, None]), lse[b])
-            out[b] *= torch.where(seen, (lse[b] - total).exp(), 0.0).T[..., None].to(out.dtype)
-            lse[b] = total
     return out, lse
 
 
@@ -82,16 +78,32 @@ def attention_backward(
         for b in range(q.shape[0]):
             row = None if bounds is None else bounds[b]
             dlse_row = None if dlse is None else dlse[b]
-            tensors = (dout[b], dlse_row, q[b], k[b], v[b], out[b], lse[b])
             grads = (dq[b], dk[b], dv[b])
-            if _tiled(q, geometry):
-                for segment in _segments(row, T, S, geometry):
-                    _tiled_backward(*tensors, segment, geometry.scale, grads)
-            else:
-                _blocks_backward(*tensors, row, geometry, grads)
+            if not _tiled(q, geometry, sink):
+                _blocks_backward(dout[b], dlse_row, q[b], k[b], v[b], row, sink, geometry, grads)
+                continue
+            dout_row = _without_lone(dout[b], row, geometry, dv[b])
+            for segment in _segments(row, T, S, geometry):
+                tensors = (dout_row, dlse_row, q[b], k[b], v[b], out[b], lse[b])
+                _tiled_backward(*tensors, segment, geometry.scale, grads)
         if sink is not None:
             dsink = sink_gradient(lse, row_delta(dout, out, dlse), sink)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink if sink is None else dsink.to(sink.dtype)
+
+
+def _without_lone(dout: Tensor, bounds: list[int] | None, geometry: Geometry, dv: Tensor) -> Tensor:
+    """dout [T, H, D] with 0 for queries that see a single key, whose part of dv [S, K, D] is added here.
+
+    Their output is that key's value whatever the scores are. dout * v - dout * out would say so only
+    up to rounding, and documents of one token would get noise where their gradients are 0.
+    """
+    low, high = key_intervals(bounds, dout.shape[0], dv.shape[0], geometry)
+    lone = (high - low == 1).nonzero()[:, 0].to(dout.device)
+    if not len(lone):
+        return dout
+    values = dout[lone].unflatten(1, (dv.shape[1], -1)).sum(2, dtype=dv.dtype)
+    dv.index_put_((low.to(dout.device)[lone],), values, accumulate=True)
+    return dout.index_fill(0, lone, 0.0)
 
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
@@ -111,8 +123,8 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _tiled(q: Tensor, geometry: Geometry) -> bool:
-    return q.device.type == "cpu" and not geometry.window and not geometry.softcap
+def _tiled(q: Tensor, geometry: Geometry, sink: Tensor | None) -> bool:
+    return q.device.type == "cpu" and not geometry.window and not geometry.softcap and sink is None
 
 
 def _segments(bounds: list[int] | None, T: int, S: int, geometry: Geometry) -> Iterator[Segment]:
@@ -215,10 +227,12 @@ def _blocks(bounds: list[int] | None, T: int, S: int, geometry: Geometry) -> Ite
     low, high = key_intervals(bounds, T, S, geometry)
     for first in range(0, T, QUERY_BLOCK):
         rows = slice(first, min(first + QUERY_BLOCK, T))
-        filled = low[rows] < high[rows]
-        if not filled.any():
+        filled = (low[rows] < high[rows]).nonzero()
+        if not len(filled):
             continue
-        start, stop = int(low[rows][filled].min()), int(high[rows][filled].max())
+        # queries that see no key lie before or behind all others: a padding tail is not read
+        rows = slice(first + int(filled[0]), first + int(filled[-1]) + 1)
+        start, stop = int(low[rows].min()), int(high[rows].max())
         keys = torch.arange(start, stop)
         yield rows, slice(start, stop), (keys >= low[rows, None]) & (keys < high[rows, None])
 
@@ -233,6 +247,19 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, geometry: Geometry) -> tuple[Ten
     return scores.masked_fill(~seen.to(scores.device), -math.inf), capped
 
 
+def _probabilities(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(p, log-sum-exp) of scores [K, G, queries, keys], each with a key it sees; a sink [H] takes its share."""
+    peak_KGT = scores.amax(-1)
+    if sink is not None:
+        sink = sink.to(scores.dtype).unflatten(0, scores.shape[:2])[..., None]
+        peak_KGT = torch.maximum(peak_KGT, sink)
+    p = (scores - peak_KGT[..., None]).exp_()
+    total_KGT = p.sum(-1)
+    if sink is not None:
+        total_KGT += (sink - peak_KGT).exp()
+    return p.div_(total_KGT[..., None]), peak_KGT + total_KGT.log()
+
+
 def _blocks_forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: list[int] | None, sink: Tensor | None, geometry: Geometry,
     out: Tensor, lse: Tensor,
@@ -240,34 +267,30 @@ def _blocks_forward(
     heads = (k.shape[1], -1)
     for rows, keys, seen in _blocks(bounds, q.shape[0], k.shape[0], geometry):
         wide_q, wide_k, wide_v = (x.to(lse.dtype) for x in (q[rows].unflatten(1, heads), k[keys], v[keys]))
-        scores, _ = _scores(wide_q, wide_k, seen, geometry)
-        total = scores.logsumexp(-1)
-        if sink is not None:
-            joined = torch.logaddexp(total, sink.to(lse.dtype).unflatten(0, heads)[..., None])
-            total = torch.where(total > -math.inf, joined, total)
-        p = (scores - total.clamp(min=-1e30)[..., None]).exp()
+        p, lse_KGT = _probabilities(_scores(wide_q, wide_k, seen, geometry)[0], sink)
         out[rows] = torch.einsum("kgts,skd->tkgd", p, wide_v).flatten(1, 2).to(out.dtype)
-        lse[:, rows] = total.flatten(0, 1)
+        lse[:, rows] = lse_KGT.flatten(0, 1)
 
 
 def _blocks_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    bounds: list[int] | None, geometry: Geometry, grads: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bounds: list[int] | None, sink: Tensor | None,
+    geometry: Geometry, grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    heads = (k.shape[1], -1)
+    """All keys of a query are at hand, so its sum(p * dp) is formed from them and not from out: fewer digits cancel."""
+    heads, dtype = (k.shape[1], -1), grads[0].dtype
     for rows, keys, seen in _blocks(bounds, q.shape[0], k.shape[0], geometry):
-        q_TKGD, do_TKGD, o_TKGD = (x[rows].unflatten(1, heads).to(lse.dtype) for x in (q, dout, out))
-        k_SKD, v_SKD = k[keys].to(lse.dtype), v[keys].to(lse.dtype)
+        q_TKGD, do_TKGD = (x[rows].unflatten(1, heads).to(dtype) for x in (q, dout))
+        k_SKD, v_SKD = k[keys].to(dtype), v[keys].to(dtype)
         scores, capped = _scores(q_TKGD, k_SKD, seen, geometry)
-        lse_KGT = lse[:, rows].unflatten(0, heads)
-        p = (scores - lse_KGT.clamp(min=-1e30)[..., None]).exp()
-        delta = (do_TKGD * o_TKGD).sum(-1).permute(1, 2, 0)
+        p, _ = _probabilities(scores, sink)
+        dp = torch.einsum("tkgd,skd->kgts", do_TKGD, v_SKD)
+        delta = (p * dp).sum(-1)
         if dlse is not None:
             delta = delta - dlse[:, rows].unflatten(0, heads)
-        ds = p * (torch.einsum("tkgd,skd->kgts", do_TKGD, v_SKD) - delta[..., None])
+        ds = p * (dp - delta[..., None])
         if capped is not None:
             ds = ds * (1 - capped.square())
         ds = ds * geometry.scale
         grads[0][rows] += torch.einsum("kgts,skd->tkgd", ds, k_SKD).flatten(1, 2)
-        grads[1][keys] += torch.einsum("kgts,tkgd->skd", ds, q_TKGD)
-        grads[2][keys] += torch.einsum("kgts,tkgd->skd", p, do_TKGD)
+        grads[1][keys] += torch.einsum("kgts,tkgd->gskd", ds, q_TKGD).sum(0)
+        grads[2][keys] += torch.einsum("kgts,tkgd->gskd", p, do_TKGD).sum(0)

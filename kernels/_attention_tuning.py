@@ -73,8 +73,14 @@ def _shipped(kernel: str, arch: str, bits: int, block_d: int, softcap: bool, pad
 
 
 def precision(arch: str, fp32: bool) -> str:
-    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on tensor cores."""
-    return "tf32" if not fp32 else "ieee" if arch.startswith("gfx") else "tf32x3"
+    """How products of fp32 tiles are formed: three tf32 products keep fp32's accuracy on NVIDIA's tensor cores.
+
+    The interpreter's are NumPy's, which round one and the same product differently in tiles of other shapes, so that
+    backward would not find forward's scores again; tensor cores do not. Summed in fp64 they are alike.
+    """
+    if not fp32:
+        return "tf32"
+    return "fp64" if arch == "interpreter" else "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megastage.kernels.launch import settings_for
+from megastage.kernels.linear_cross_entropy import IGNORE, Rows
 from megastage.kernels.registry import GateCase
 from megastage.kernels.tuning import table
 
@@ -50,24 +51,26 @@ def cross_entropy_statistics_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits_ptr, labels_ptr, peak_ptr, factor_ptr, grad_ptr, W, first, IGNORE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, labels_ptr, peak_ptr, inverse_ptr, pull_ptr, grad_ptr, W, first,
+    IGNORE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """WIDE: the type of the arithmetic, fp64 where the gradient is stored in fp32 (bound by memory either way)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < W
     peak = tl.load(peak_ptr + row)
-    factor = tl.load(factor_ptr + row)
+    inverse = tl.load(inverse_ptr + row)
+    pull = tl.load(pull_ptr + row)
     label = tl.load(labels_ptr + row)
     target = tl.where(label == IGNORE, -1, label - first)
-    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(tl.float32)
-    grad = factor * tl.exp(x - peak) - tl.where(cols == target, 1.0, 0.0)
+    x = tl.load(logits_ptr + row * W + cols, inside, float("-inf")).to(WIDE)
+    p = tl.exp(x - peak) * inverse
+    grad = (p - tl.where(cols == target, 1.0, 0.0)) + p * pull
     tl.store(grad_ptr + row * W + cols, grad.to(grad_ptr.dtype.element_ty), inside)
 
 
 def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     peak_C = torch.empty(C, dtype=torch.float32, device=logits_CW.device)
     sums_C3 = torch.empty((C, 3), dtype=torch.float32, device=logits_CW.device)
@@ -80,20 +83,17 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     return peak_C, sums_C3
 
 
-def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
-) -> Tensor:
+def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, dtype: torch.dtype) -> Tensor:
     """As the reference of the same name in linear_cross_entropy."""
-    from megastage.kernels.linear_cross_entropy import IGNORE
-
     C, W = logits_CW.shape
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
     config = settings_for("cross_entropy_gradient", logits_CW, W, DEFAULT)
     block = _block(config, W)
     with torch.cuda.device_of(logits_CW):
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
-            logits_CW, labels_C.contiguous(), peak_C.contiguous(), factor_C.contiguous(), grad_CW, W, first,
-            IGNORE=IGNORE, BLOCK=block, num_warps=config["num_warps"],
+            logits_CW, labels_C.contiguous(), *(x.contiguous() for x in stats), grad_CW, W, first,
+            IGNORE=IGNORE, BLOCK=block, WIDE=tl.float64 if dtype == torch.float32 else tl.float32,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     return grad_CW
 
@@ -106,7 +106,7 @@ def gate_cases(arch: str) -> list[GateCase]:
     def call(W: int) -> None:
         logits, labels = torch.zeros(16, W), torch.zeros(16, dtype=torch.int64)
         peak, sums = tile_statistics(logits, labels, 0)
-        tile_gradient(logits, labels, 0, peak, sums[:, 0], torch.bfloat16)
+        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), torch.bfloat16)
 
     sizes = {*table.dims("cross_entropy_statistics", arch, 131072), *table.dims("cross_entropy_gradient", arch)}
     return [GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)]

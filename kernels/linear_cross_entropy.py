@@ -10,7 +10,7 @@ Letters: N tokens, D model width, V vocabulary rows of this rank; C x W one tile
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -126,10 +126,10 @@ def linear_cross_entropy_op(
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
     for tokens in _slices(N, together):
         h_ND, labels = hidden_ND[tokens], labels_N[tokens]
-        losses_N[tokens], peak_N, factor_N, logits_CW = tiles.statistics(h_ND, labels)
+        losses_N[tokens], rows, logits_CW = tiles.statistics(h_ND, labels)
         loss += losses_N[tokens].sum()
         if with_grad:
-            tiles.gradients(h_ND, labels, peak_N, factor_N, logits_CW, grad_hidden[tokens], grad_weight)
+            tiles.gradients(h_ND, labels, rows, logits_CW, grad_hidden[tokens], grad_weight)
     return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype), losses_N
 
 
@@ -186,6 +186,18 @@ def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
+class Rows(NamedTuple):
+    """What the gradient of a row of logits x needs: p = exp(x - peak) * inverse are its probabilities and
+    p - onehot + p * pull its gradient; pull is 2 * z_loss * lse. Apart, because 1 + pull would round pull off."""
+
+    peak_N: Tensor
+    inverse_N: Tensor
+    pull_N: Tensor
+
+    def of(self, tokens: slice) -> Rows:
+        return Rows(*(x[tokens] for x in self))
+
+
 class _Tiles:
     """The two passes over the tiles of a set of tokens: statistics of the rows, then gradients."""
 
@@ -204,8 +216,8 @@ class _Tiles:
         else:
             self.tile_statistics, self.tile_gradient = tile_statistics, tile_gradient
 
-    def statistics(self, h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(losses [N], row maxima [N], d loss / d lse over the sum of exponentials [N], the logits if one tile)."""
+    def statistics(self, h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Rows, Tensor | None]:
+        """(losses [N], what the gradient needs of each row, the logits if they are one tile)."""
         N, wide = h_ND.shape[0], _wide(h_ND.dtype)
         peak_N = h_ND.new_full((N,), float("-inf"), dtype=wide)
         sums_N3 = h_ND.new_zeros((N, 3), dtype=wide)
@@ -227,25 +239,25 @@ class _Tiles:
         # the maximum and the sum stay apart: x - maximum is exact where x - lse would lose the last digits
         loss_N = log_sum_N + (peak_N - target_N) + self.z_loss * lse_N.square()
         loss_N = torch.where(found_N > 0, loss_N, float("nan"))
-        factor_N = valid_N * (1 + 2 * self.z_loss * lse_N) / sum_N
+        rows = Rows(peak_N, valid_N / sum_N, 2 * self.z_loss * lse_N)
         one_tile = self.chunk_tokens >= N and self.chunk_vocab >= self.weight_VD.shape[0]
-        return torch.where(valid_N, loss_N, 0), peak_N, factor_N, logits_CW if one_tile else None
+        return torch.where(valid_N, loss_N, 0), rows, logits_CW if one_tile else None
 
     def gradients(
-        self, h_ND: Tensor, labels_N: Tensor, peak_N: Tensor, factor_N: Tensor, logits_CW: Tensor | None,
+        self, h_ND: Tensor, labels_N: Tensor, rows: Rows, logits_CW: Tensor | None,
         grad_hidden_ND: Tensor, grad_weight_VD: Tensor,
     ) -> None:  # fmt: skip
         """Add to both gradients (of the summed loss) what these tokens give; `logits_CW` is overwritten."""
-        exact = grad_weight_VD.dtype == peak_N.dtype or self.chunk_tokens >= h_ND.shape[0]
+        exact = grad_weight_VD.dtype == rows.peak_N.dtype or self.chunk_tokens >= h_ND.shape[0]
         for vocab in _slices(self.weight_VD.shape[0], self.chunk_vocab):
             weight_WD, sum_WD = self.weight_VD[vocab], grad_weight_VD[vocab]
             if not exact:
-                sum_WD = torch.zeros_like(sum_WD, dtype=peak_N.dtype)
+                sum_WD = torch.zeros_like(sum_WD, dtype=rows.peak_N.dtype)
             for tokens in _slices(h_ND.shape[0], self.chunk_tokens):
                 if logits_CW is None:
                     logits_CW = matmul_wide(h_ND[tokens], weight_WD.mT)
-                tile = (labels_N[tokens], self.vocab_start + vocab.start, peak_N[tokens], factor_N[tokens])
-                grad_CW = self.tile_gradient(logits_CW, *tile, h_ND.dtype)
+                first = self.vocab_start + vocab.start
+                grad_CW = self.tile_gradient(logits_CW, labels_N[tokens], first, rows.of(tokens), h_ND.dtype)
                 logits_CW = None
                 _add_product(grad_hidden_ND[tokens], grad_CW, weight_WD)
                 _add_product(sum_WD, grad_CW.mT, h_ND[tokens])
@@ -292,18 +304,18 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     return peak_C, sums_C3
 
 
-def tile_gradient(
-    logits_CW: Tensor, labels_C: Tensor, first: int, peak_C: Tensor, factor_C: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """factor * exp(logits - peak) - onehot for a tile, in `dtype`; overwrites the logits where it can."""
+def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, dtype: torch.dtype) -> Tensor:
+    """p - onehot + p * pull for a tile, in `dtype`; overwrites the logits where it can."""
     C, W = logits_CW.shape
     column_C, here_C = _columns(labels_C, first, W)
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
     for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
-        x = (logits_CW[rows].to(peak_C.dtype) - peak_C[rows, None]).exp_()
-        x *= factor_C[rows, None]
-        x.scatter_add_(1, column_C[rows], -here_C[rows, None].to(x.dtype))
-        grad_CW[rows] = x
+        peak, inverse, pull = (x[:, None] for x in stats.of(rows))
+        x = (logits_CW[rows].to(peak.dtype) - peak).exp_()
+        p = x.gather(1, column_C[rows]) * inverse
+        x *= inverse * (1 + pull)
+        target = torch.where(here_C[rows, None], (p - 1) + p * pull, x.gather(1, column_C[rows]))
+        grad_CW[rows] = x.scatter_(1, column_C[rows], target)
     return grad_CW
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from megastage.kernels.dispatch import use_triton
 
 MAX_TRITON_DIM = 32768  # a row is held in registers by one program
+# Rows below it are computed in fp64: their gradient is a difference of nearly equal terms, which fp32 leaves few digits
+SHORT_ROW = 64
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
@@ -61,8 +63,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        acc = x if x.dtype == torch.float64 else x.float()
-        rstd = (torch.linalg.vector_norm(acc, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+        acc = x.double() if x.shape[-1] < SHORT_ROW or x.dtype == torch.float64 else x.float()
+        # the sum in fp64 costs no time: the pass is bound by memory
+        norm = torch.linalg.vector_norm(acc, dim=-1, keepdim=True, dtype=torch.float64)
+        rstd = (norm.square_() / x.shape[-1] + eps).rsqrt_().to(acc.dtype)
         ctx.save_for_backward(x, weight_D, rstd)
         return (acc * rstd).mul_(weight_D).to(x.dtype)
 
@@ -80,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @torch.library.custom_op("megastage::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(normed, 1/rms of each row in fp32)."""
+    """(normed, 1/rms of each row: fp32, or fp64 for fp32 rows)."""
     from megastage.kernels import rms_norm_triton
 
     normed, _, rstd_N = rms_norm_triton.forward(x, None, weight_D, eps)
@@ -89,7 +93,7 @@ def rms_norm_op(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op("megastage::add_rms_norm", mutates_args=())
 def add_rms_norm_op(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed, x + residual, 1/rms of each row in fp32)."""
+    """(normed, x + residual, 1/rms of each row as in `rms_norm_op`)."""
     from megastage.kernels import rms_norm_triton
 
     return rms_norm_triton.forward(x, residual, weight_D, eps)
@@ -105,8 +109,13 @@ def rms_norm_backward_op(
     return rms_norm_triton.backward(grad, grad_total, x, weight_D, rstd_N)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels compute in: twice the digits of what is stored, so that only the last rounding shows."""
+    return torch.float64 if x.dtype == torch.float32 or x.shape[-1] < SHORT_ROW else torch.float32
+
+
 def _empty_rows(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(x.shape[:-1].numel(), dtype=statistics_dtype(x))
 
 
 @rms_norm_op.register_fake

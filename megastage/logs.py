@@ -44,7 +44,7 @@ def step_line(record: Mapping[str, Any], steps: int, *, colors: bool = False) ->
     parts = [
         f"step {record['step']:>{width}}/{steps}",
         f"stage {record['stage']}",
-        f"loss {record['loss']:.4f}",
+        f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss n/a",
         f"grad_norm {record['grad_norm']:.4f}",
         f"lr {record['lr']:.3e}",
         f"tokens/s {record['tokens_per_s']:,.0f}",
@@ -64,13 +64,17 @@ class Progress:
     """A bar over the steps of the run on a terminal; nothing when output is piped or on other ranks."""
 
     def __init__(self, done: int, total: int, *, enabled: bool) -> None:
-        show = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False) if show else None
+        self.bar: tqdm[Any] | None = None
+        if enabled and sys.stderr.isatty():
+            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # `script` and the like have no size
+            width = {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 24}
+            self.bar = tqdm(total=total, initial=done, unit="step", leave=False, **width)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and stage."""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{record['stage']} loss {record['loss']:.3f}", refresh=False)
+            loss = "n/a" if record["loss"] is None else f"{record['loss']:.3f}"
+            self.bar.set_postfix_str(f"{record['stage']} loss {loss}", refresh=False)
             self.bar.update(1)
 
     def close(self) -> None:

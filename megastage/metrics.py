@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megastage.logs import log
+
 
 class Sink(Protocol):
     """A place metrics go to."""
@@ -22,12 +24,16 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """Appends to `path`. A resumed run first drops the records of updates that it is going to do again."""
+    """Appends to `path`. A resumed run first drops the records of updates that it is going to do again.
 
-    def __init__(self, path: Path, done_steps: int) -> None:
+    rewound: the run goes another way from `done_steps`, as a fresh start does: the records so far are kept, in
+    PATH.superseded-K.
+    """
+
+    def __init__(self, path: Path, done_steps: int, *, rewound: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _keep_until(path, done_steps)
+            _keep_until(path, done_steps, rewound=rewound or done_steps == 0)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -38,19 +44,37 @@ class JsonLines:
         self.file.close()
 
 
-def _keep_until(path: Path, done_steps: int) -> None:
-    """Rewrite the file without records beyond `done_steps`, and without a last line cut off by a kill."""
-    kept = []
+def _keep_until(path: Path, done_steps: int, *, rewound: bool) -> None:
+    """Rewrite the file without records beyond `done_steps`, and without a last line cut off by a kill.
+
+    rewound: where there are such records, the file as it was is renamed.
+    """
+    kept, later = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= done_steps:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue
+        if record["step"] <= done_steps:
             kept.append(line)
+        else:
+            later += 1
+    if rewound and later:
+        aside = _free_name(path)
+        os.rename(path, aside)
+        log.info("%s of %d updates that are not gone on from: now %s", path.name, later, aside.name)
     partial = path.with_suffix(".jsonl.tmp")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (name := path.with_name(f"{path.name}.superseded-{number}")).exists():
+        number += 1
+    return name
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -65,7 +89,7 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class TensorBoard:
-    """Scalars under `folder`; needs the tensorboard extra. A resumed run hides what it is going to write again."""
+    """Scalars under `folder`; needs the tensorboard extra. What a run is going to write again is hidden."""
 
     def __init__(self, folder: Path, done_steps: int = 0) -> None:
         try:
@@ -74,7 +98,7 @@ class TensorBoard:
             raise ValueError(
                 "metrics.enable_tensorboard = true needs the tensorboard package: pip install 'megastage[tensorboard]'"
             ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if done_steps else None)
+        self.writer = SummaryWriter(str(folder), purge_step=done_steps + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for key, value in scalars(record).items():

@@ -77,6 +77,11 @@ class Optimizer:
         for key, parameter in self.parameters.items():
             parameter.grad = self.shards[key].grad = None
 
+    def drop_gradients(self) -> None:
+        """Free the parameters' gradients without an update."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def reset(self) -> None:
         """Forget the moments and the step count (a stage may ask for a fresh optimizer)."""
         self.engine.state.clear()

@@ -103,14 +103,17 @@ class Trainer:
         loss, model_flops, stop, each = self.reduce(loss_sum, valid, work, batch)
         self.refuse_non_finite(loss, norm.item())
         lr, weight_decay = self.schedule.lr(self.step), self.schedule.weight_decay(self.step)
-        self.optimizer.step(lr, weight_decay, clip_scale(norm, self.cfg.training.max_norm))
+        if valid:
+            self.optimizer.step(lr, weight_decay, clip_scale(norm, self.cfg.training.max_norm))
+        else:
+            self.pass_over()
         self.step += 1
         step_s = time.perf_counter() - began
         rows_tokens = self.stage.global_batch_size * self.stage.seq_len
         record = {
             "step": self.step,
             "stage": self.stage.name,
-            "loss": loss,
+            "loss": loss if valid else None,
             "grad_norm": norm.item(),
             "lr": lr,
             "tokens": startup.consumed_tokens(self.stages, self.step),
@@ -173,6 +176,16 @@ class Trainer:
         dist.all_reduce(sums)
         loss_total, flops_total, signals, *each = sums.tolist()
         return loss_total / max(valid, 1), flops_total, signals > 0, by_source(names, each)
+
+    def pass_over(self) -> None:
+        """Leave weights and moments as they are: no label of the batch counts, so that there is nothing to learn."""
+        self.optimizer.drop_gradients()
+        if self.runtime.is_main:
+            log.warning(
+                "Step %d: no label of the batch counts (all are masked, or the documents are of one token); "
+                "its samples are consumed, weights and optimizer stay as they were",
+                self.step + 1,
+            )
 
     def refuse_non_finite(self, loss: float, norm: float) -> None:
         """Stop before a broken update reaches the weights; the newest checkpoint stays good."""

@@ -55,6 +55,14 @@ def cell(entry: dict[str, Any] | None) -> str:
     return failed + " / ".join(map(str, figures))
 
 
+def groups(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {"attention": [], "others": []}
+    for entry in entries:
+        is_main = entry["kernel"] in ("attention_forward", "attention_dq", "attention_dkv")
+        found["attention" if is_main else "others"].append(entry)
+    return found
+
+
 def table(entries: Sequence[dict[str, Any]]) -> list[str]:
     """Kernels by architectures."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -62,7 +70,7 @@ def table(entries: Sequence[dict[str, Any]]) -> list[str]:
         row = unique(found, f"{entry['kernel']} [{entry['case']}]", entry["arch"])
         found.setdefault(row, {})[entry["arch"]] = entry
     archs = list(dict.fromkeys(entry["arch"] for entry in entries))
-    lines = ["| kernel | " + " | ".join(archs) + " |", "|---|" + "---|" * len(archs)]
+    lines = ["| kernel | " + " | ".join(archs) + " |", "|" + "---|" * (1 + len(archs))]
     for name, row in found.items():
         lines.append(f"| {name} | " + " | ".join(cell(row.get(arch)) for arch in archs) + " |")
     return lines
@@ -82,7 +90,7 @@ def bars(files: Sequence[dict[str, Any]]) -> list[str]:
     from kernel_probe.bars import BARS, PLAIN
 
     lines = ["| kernel | target | bar | " + " | ".join(f"Triton {file['triton']}" for file in files) + " |"]
-    lines.append("|---|" * 1 + "---|" * (2 + len(files)))
+    lines.append("|" + "---|" * (3 + len(files)))
     for (kernel, arch), (most, least) in BARS.items():
         texts = []
         for file in files:
@@ -102,12 +110,8 @@ def page(files: Sequence[dict[str, Any]]) -> str:
     lines += ["bf16, head dimension 128: non-MMA instructions per kflop of the main loop, ceiling without overlap.", ""]
     lines += bars(files)
     for file in files:
-        groups = {"attention": [], "others": []}
-        for entry in file["kernels"]:
-            is_main = entry["kernel"] in ("attention_forward", "attention_dq", "attention_dkv")
-            groups["attention" if is_main else "others"].append(entry)
         failed = sum(bool(entry["problems"]) for entry in file["kernels"])
-        for name, entries in groups.items():
+        for name, entries in groups(file["kernels"]).items():
             lines += ["", f"## Triton {file['triton']}: {name}", ""]
             if name == "attention":
                 lines += [f"{len(file['kernels'])} kernels in all, {failed} fail.", ""]

@@ -73,6 +73,7 @@ class CheckpointManager:
         self._outcome: BaseException | None = None
         self._resumed_from: int | None = -1  # later checkpoints are superseded at the first save; None: done
         self._held: int | None = None
+        self._told: set[int] = set()  # steps whose checkpoint was said to hold the model only
         self._load_only = load_only
         if not load_only:
             self._open_for_writing(hold)
@@ -283,7 +284,9 @@ class CheckpointManager:
             try:
                 if self._check(step) == "full":
                     return step
-                logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
+                if step not in self._told:
+                    logger.warning("step-%d holds the model only: not a checkpoint to resume from", step)
+                    self._told.add(step)
             except BadCheckpoint as error:
                 if self._load_only:
                     raise

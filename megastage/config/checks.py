@@ -7,18 +7,21 @@ import math
 from pathlib import Path
 
 from megastage.config.errors import show
+from megastage.config.fields import all_keys
 from megastage.config.layout import Layout, layout_problems, pipeline_layers
 from megastage.config.model_choice import model_problems, rope_scaling_problems
 from megastage.config.schema import Config
 from megastage.config.stage import Stage
 from megastage.config.stage_data import folder_problems
 from megastage.config.stage_resolve import stage_problems
+from megastage.config.unbuilt import unbuilt_problems
 from megastage.model.config import ModelConfig
 
 SCHEDULES = ("1F1B", "GPipe")
 _KNOWN_SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "LoopedBFS", "DualPipeV")
 _LOADABLE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _COMPILED = ("model", "loss")
+_MAY_BE_EMPTY = ("job.description", "comm.save_traces_file_prefix", "model.flavor", "model.name")
 
 
 def check(cfg: Config, world_size: int) -> list[str]:
@@ -38,19 +41,41 @@ def static_problems(cfg: Config) -> list[str]:
 
 
 def _problems(cfg: Config, layout: Layout | None) -> list[str]:
-    model, problems = model_problems(cfg)
-    problems = list(problems)
-    problems += rope_scaling_problems(cfg.model.rope_scaling, "model.rope_scaling")
-    problems += rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling")
+    model, found = model_problems(cfg)
     # what -1 stands for lies in the checkpoint that the run goes on from: batches are checked once that is read
     settled_later = cfg.training.global_batch_size == -1 and _goes_on(cfg)
-    stages, found = stage_problems(cfg, None if settled_later else layout)
-    problems += found
-    problems += _schedule_problems(cfg)
-    problems += _choice_problems(cfg)
+    stages, of_stages = stage_problems(cfg, None if settled_later else layout)
+    problems = [*found, *of_stages, *_other_problems(cfg)]
     if model is not None:
         problems += _split_problems(cfg, model, stages)
     return list(dict.fromkeys(problems))
+
+
+def remaining_problems(cfg: Config) -> list[str]:
+    """As `check`, without what depends on the number of ranks, or on how the model is split over them."""
+    return list(dict.fromkeys([*stage_problems(cfg, None)[1], *_other_problems(cfg)]))
+
+
+def _other_problems(cfg: Config) -> list[str]:
+    """What stages, model and layout have no part in."""
+    return [
+        *unbuilt_problems(cfg),
+        *_empty_strings(cfg),
+        *rope_scaling_problems(cfg.model.rope_scaling, "model.rope_scaling"),
+        *rope_scaling_problems(cfg.training.rope_scaling, "training.rope_scaling"),
+        *_schedule_problems(cfg),
+        *_choice_problems(cfg),
+    ]
+
+
+def _empty_strings(cfg: Config) -> list[str]:
+    """Names, files and folders given as "": they would stand for whatever folder the job happens to start in."""
+    return [
+        f'{path} = "": is empty; leave it out'
+        for path, info in all_keys().items()
+        if info.annotation is str and info.default != "" and ".N." not in path and path not in _MAY_BE_EMPTY
+        if cfg.is_set(path) and cfg.value(path) == ""
+    ]
 
 
 def _goes_on(cfg: Config) -> bool:
@@ -111,8 +136,12 @@ def _choice_problems(cfg: Config) -> list[str]:
     if option not in ("default", "none"):
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
     problems += _validation_problems(cfg)
+    training = cfg.training
+    types = {training.dataset_type, *(stage.dataset_type for stage in training.data_stages)}
+    if training.is_written("live_text_mb") and "huggingface" not in types:
+        problems.append(f"training.live_text_mb = {training.live_text_mb}: no stage reads text; leave it out")
     parallel = cfg.parallelism
-    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
+    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part:
         problems.append(
             "parallelism.pipeline_parallel_split_points and parallelism.module_fqns_per_model_part: "
             "both set; keep one of them"
@@ -191,8 +220,22 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             "checkpoint.last_save_in_hf = true: Hugging Face weights hold no optimizer; set last_save_model_only = true"
             " too, or use checkpoint.export to have both"
         )
-    if table.create_seed_checkpoint and not table.enable:
-        problems.append("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
+    if table.initial_load_in_hf and table.initial_load_path is None and cfg.model.hf_assets_path is None:
+        problems.append(
+            "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path or model.hf_assets_path to the "
+            "folder that holds config.json and *.safetensors"
+        )
+    problems += [
+        f"checkpoint.{name} = {show(getattr(table, name))}: needs checkpoint.enable = true, without which the run "
+        "starts from scratch and saves nothing"
+        for name, off in (("create_seed_checkpoint", False), ("load_only", False), ("load_step", -1))
+        if getattr(table, name) != off and not table.enable
+    ]
+    if table.exclude_from_loading and not table.enable and table.initial_load_path is None:
+        problems.append(
+            f"checkpoint.exclude_from_loading = {show(table.exclude_from_loading)}: nothing is loaded; "
+            "set checkpoint.enable = true or checkpoint.initial_load_path"
+        )
     if table.create_seed_checkpoint and table.load_only:
         problems.append("checkpoint.create_seed_checkpoint and checkpoint.load_only: both set; keep one of them")
     used = table.last_save_model_only or table.export is not None

@@ -103,8 +103,10 @@ def nearest(path: str) -> str | None:
     close = difflib.get_close_matches(leaf, in_table, n=1, cutoff=0.6)
     if close:
         return in_table[close[0]]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return close[0] if close else None
+    for name in difflib.get_close_matches(path, known, n=5, cutoff=0.6):  # a table and a key misspelt
+        if difflib.SequenceMatcher(None, name.rpartition(".")[2], leaf).ratio() >= 0.6:
+            return name
+    return None
 
 
 def parse_text(annotation: Any, text: str) -> Any:

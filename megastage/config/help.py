@@ -11,7 +11,8 @@ _HEAD = """\
 usage: torchrun pretrain.py --config FILE.toml [--section.key value ...]
 
 Every key may be set in the TOML file or on the command line, which wins. Flags: --checkpoint.enable,
---checkpoint.no-enable. Lists: comma-separated or JSON. Stages by index: --training.data_stages.1.seq_len 1024.
+--checkpoint.no-enable. Lists: one value with commas or as JSON, several values, or the option several times.
+Stages by number, from 0: --training.data_stages.1.seq_len 1024.
 """
 
 

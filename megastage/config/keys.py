@@ -37,3 +37,4 @@ DecayType = Literal["linear", "sqrt", "cosine"]
 RecomputeMode = Literal["none", "full", "selective", "memory_budget"]
 
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1  # of steps, rows, tokens a row: products of two are exact in 64 bits

@@ -19,8 +19,8 @@ from megastage.config.fields import all_keys, bare, find, is_table, item_type, n
 from megastage.config.help import help_text
 from megastage.config.keys import Section
 from megastage.config.overrides import lay_over, nested, read_arguments
+from megastage.config.salvage import further_problems
 from megastage.config.schema import Config
-from megastage.config.unbuilt import unbuilt_problems
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +44,10 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
     problems = list(arguments.problems)
     tables: dict[str, Any] = {}
     if arguments.config_file is not None:
-        tables = read_toml(arguments.config_file)
+        try:
+            tables = read_toml(arguments.config_file)
+        except ConfigError as error:
+            raise ConfigError([*error.problems, *problems]) from None
     tables, written, twice = canonical(tables)
     overrides, written_over, twice_over = canonical(nested(arguments.values, problems))
     problems += twice + twice_over
@@ -53,9 +56,8 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
         tables["job"] = {**tables["job"], "config_file": arguments.config_file}
     tables = _known(tables, Config, "", problems)
     _refuse_none(tables, "", problems)
-    cfg = _validate(tables, written | written_over, problems)
+    cfg = _validate(tables, written | written_over, world_size, problems)
     if cfg is not None:
-        problems += unbuilt_problems(cfg)
         problems += static_problems(cfg) if world_size is None else check(cfg, world_size)
     if cfg is None or problems:
         raise ConfigError(problems, arguments.config_file)
@@ -89,6 +91,10 @@ def _syntax_hint(message: str, text: str) -> str:
         hint = "; TOML has no None: leave the key out to inherit or to keep the default"
     elif re.search(r"=\s*(True|False)\b", line):
         hint = "; TOML writes true and false in lower case"
+    elif "overwrite a value" in message:
+        hint = "; the key stands twice in its table, keep one"
+    elif "twice" in message and line.startswith("["):
+        hint = "; the table stands twice in the file, put its keys together"
     return f"line {number}: not valid TOML: {message}: {line!r}{hint}"
 
 
@@ -143,13 +149,18 @@ def _refuse_none(value: Any, path: str, problems: list[str]) -> None:
         problems.append(f'{path} = "{value}": TOML has no None; leave the key out to inherit or to keep the default')
 
 
-def _validate(tables: dict[str, Any], written: dict[str, str], problems: list[str]) -> Config | None:
+def _validate(
+    tables: dict[str, Any], written: dict[str, str], world_size: int | None, problems: list[str]
+) -> Config | None:
+    """The configuration; None where values can't be used, which become problems, with what else is wrong."""
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        for detail in error.errors():
+        details = error.errors()
+        for detail in details:
             if detail["input"] not in ("None", "null"):
                 problems.append(_explain(detail, tables, written))
+        problems += further_problems(tables, details, world_size)
         return None
 
 
@@ -188,15 +199,29 @@ def _requirement(detail: ErrorDetails) -> str:
         "float_type": "must be a number",
         "bool_type": "must be true or false",
         "string_type": "must be a string in quotes",
-        "tuple_type": "must be a list in square brackets",
+        "tuple_type": _list_requirement(detail),
         "finite_number": "must be a finite number",
     }
     return kinds.get(detail["type"]) or _table_requirement(detail)
 
 
+def _list_requirement(detail: ErrorDetails) -> str:
+    info = find(_key(detail))
+    item = None if info is None else item_type(info.annotation)
+    if item is not None and is_table(item):
+        return f"must be a list of tables: write each under [[{_key(detail)}]], in double brackets"
+    return "must be a list in square brackets"
+
+
 def _table_requirement(detail: ErrorDetails) -> str:
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        info = find(".".join("0" if isinstance(part, int) else part for part in detail["loc"]))
+        info = find(_key(detail))
         is_list = info is not None and get_origin(info.annotation) is tuple
-        return "must be a table" + (" (written as [[...]])" if is_list else "")
+        single = f" (written as [{_key(detail)}], in single brackets)" if isinstance(detail["input"], list) else ""
+        return "must be a table" + (" (written as [[...]])" if is_list else single)
     return detail["msg"]
+
+
+def _key(detail: ErrorDetails) -> str:
+    """Dotted path of the key that an error is about."""
+    return ".".join("0" if isinstance(part, int) else part for part in detail["loc"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megastage.config.errors import show
-from megastage.config.fields import find, nearest, parse_text, type_name
+from megastage.config.fields import KeyInfo, find, item_type, nearest, parse_text, type_name
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,11 @@ class Arguments:
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Take `argv` (without the program's name) apart: `--key value`, `--key=value`, `--flag`, `--table.no-flag`."""
+    """Take `argv` (without the program's name) apart: `--key value`, `--key=value`, `--flag`, `--table.no-flag`.
+
+    A list may be one comma-separated or JSON value, several values, or several options, which add up. Of a single
+    value given twice the last counts.
+    """
     values: dict[str, Any] = {}
     problems: list[str] = []
     wants_help = False
@@ -41,37 +46,50 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         info = find(path)
         if info is None:
             _drop_value(queue, bool(has_value))
-            close = nearest(path)
-            problems.append(f"command line: --{name} is not a known key{f'; did you mean --{close}?' if close else ''}")
+            problems.append(f"command line: --{name} is not a known key{_meant(path)}")
             continue
-        if not has_value:
-            if info.annotation is bool:
-                takes_next = not negated and bool(queue) and queue[0].lower() in ("true", "false")
-                text = queue.pop(0) if takes_next else "true"
-            elif queue and not queue[0].startswith("--"):
-                text = queue.pop(0)
-            else:
-                problems.append(f"command line: --{name} needs a value ({type_name(info.annotation)})")
-                continue
+        texts = [text] if has_value else _take_values(info, queue)
+        if not texts:
+            problems.append(f"command line: --{name} needs a value ({type_name(info.annotation)})")
+            continue
+        _set(values, path, name, info, texts, negated, problems)
+    config_file = values.pop("job.config_file", None)
+    return Arguments(config_file, values, problems, wants_help)
+
+
+def _take_values(info: KeyInfo, queue: list[str]) -> list[str]:
+    """The values that follow a key's name, taken off the queue: one, all of a list, none needed for a flag."""
+    taken: list[str] = []
+    while queue and not queue[0].startswith("--") and queue[0] != "-h":
+        taken.append(queue.pop(0))
+        if item_type(info.annotation) is None:
+            break
+    return taken or (["true"] if info.annotation is bool else [])
+
+
+def _set(
+    values: dict[str, Any], path: str, name: str, info: KeyInfo, texts: list[str], negated: bool, problems: list[str]
+) -> None:
+    """Enter what `texts` stand for into `values`."""
+    for text in texts:
         try:
             value = parse_text(info.annotation, text)
-            if path == "job.config_file" and values.get(path, value) != value:
-                problems.append(
-                    f"command line: --config is given twice, {show(values[path])} and {show(value)}; keep one"
-                )
-            values[path] = (not value) if negated else value
         except ValueError as error:
             hint = "; leave the key out for its default" if text in ("None", "null") else ""
             problems.append(f"command line: --{name} {show(text)}: {error}{hint}")
-    config_file = values.pop("job.config_file", None)
-    return Arguments(config_file, values, problems, wants_help)
+            continue
+        if path == "job.config_file" and values.get(path, value) != value:
+            problems.append(f"command line: --config is given twice, {show(values[path])} and {show(value)}; keep one")
+        if isinstance(value, list):
+            value = [*values.get(path, []), *value]
+        values[path] = (not value) if negated else value
 
 
 def _key_path(name: str) -> tuple[str, bool]:
     """Dotted path of an option's name, and whether it is a negated flag (`checkpoint.no-enable`)."""
     if name == "config":
         return "job.config_file", False
-    path = name.replace("-", "_")
+    path = re.sub(r"\[(\d+)\]", r".\1", name).replace("-", "_")
     table, _, leaf = path.rpartition(".")
     if find(path) is None and leaf.startswith("no_"):
         positive = f"{table}.{leaf[3:]}"
@@ -79,6 +97,14 @@ def _key_path(name: str) -> tuple[str, bool]:
         if info is not None and info.annotation is bool:
             return positive, True
     return path, False
+
+
+def _meant(path: str) -> str:
+    """What to say of a name that is no key's."""
+    if re.match(r"training\.data_stages\.\D", path):
+        return "; stages are counted from 0, as in --training.data_stages.0.seq_len"
+    close = nearest(path)
+    return f"; did you mean --{close}?" if close else ""
 
 
 def _drop_value(queue: list[str], has_value: bool) -> None:

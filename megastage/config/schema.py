@@ -6,6 +6,8 @@ of names differ, the canonical name is the second's and `aliases.ALIASES` maps t
 
 from __future__ import annotations
 
+from typing import Any
+
 from megastage.config.keys import Section, key
 from megastage.config.run_tables import (
     ActivationCheckpoint,
@@ -95,3 +97,10 @@ class Config(Section):
                 return False
             node = getattr(node, table)
         return leaf in node.model_fields_set
+
+    def value(self, path: str) -> Any:
+        """The value of the key at `path` ("training.seq_len")."""
+        node: Any = self
+        for name in path.split("."):
+            node = getattr(node, name)
+        return node

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megastage.config.errors import show
-from megastage.config.schema import Config, DataStage
+from megastage.config.schema import Config, DataStage, Training
 
 # The types that `dataset`, a name, means something to. Every type takes dataset_path or dataset_folders.
 _NAMED = ("huggingface",)
@@ -119,6 +119,21 @@ def weight_problems(weights: Sequence[float], path: str, problems: list[str]) ->
     if len(problems) == before and sum(weights) == 0:
         problems.append(f"{path} = {show(weights)}: all weights are zero; give at least one source a share")
     return len(problems) > before
+
+
+def base_weight_problems(base: Training) -> list[str]:
+    """What is wrong with dataset_weights of [training], also where every stage has its own."""
+    problems: list[str] = []
+    weights, folders = base.dataset_weights, base.dataset_folders
+    if weights:
+        weight_problems(weights, "training.dataset_weights", problems)
+    unused = bool(base.data_stages) and all(stage.dataset_weights for stage in base.data_stages)
+    if unused and weights and folders and len(weights) != len(folders):
+        problems.append(
+            f"training.dataset_weights = {show(weights)}: {len(weights)} weights for {len(folders)} "
+            f"training.dataset_folders; give {len(folders)}, or take them out: every stage has its own"
+        )
+    return problems
 
 
 def folder_problems(folders: Sequence[str], path: str) -> list[str]:

@@ -19,9 +19,10 @@ _SAMPLE_KEYS = (
 )  # fmt: skip
 # Frozen with the past too: the model was trained under it.
 _DOCUMENT_KEYS = {"min_doc_len": 0, "long_doc_len": 0, "long_doc_share": None}  # with what it means not to be saved
-_PAST_KEYS = (*_SAMPLE_KEYS, *_DOCUMENT_KEYS, "rope")
+# The name too: positions in the data, consumed samples and every record so far are kept under it.
+_PAST_KEYS = ("name", *_SAMPLE_KEYS, *_DOCUMENT_KEYS, "rope")
 _FREE_KEYS = (
-    "name", "dataset_path", "dataset_folders", "local_batch_size", "context_parallel_degree", "recompute",
+    "dataset_path", "dataset_folders", "local_batch_size", "context_parallel_degree", "recompute",
     "lr", "lr_end", "lr_decay_type", "lr_warmup_steps", "weight_decay", "reset_optimizer",
 )  # fmt: skip
 

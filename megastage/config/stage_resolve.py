@@ -11,7 +11,7 @@ from megastage.config.layout import Layout
 from megastage.config.model_choice import model_problems, rope_scaling_problems, rope_spec
 from megastage.config.schema import Config, DataStage
 from megastage.config.stage import Stage
-from megastage.config.stage_data import choose_data, folder_problems
+from megastage.config.stage_data import base_weight_problems, choose_data, folder_problems
 from megastage.config.stage_documents import KEYS as DOCUMENT_KEYS
 from megastage.config.stage_documents import choose_documents
 from megastage.config.stage_spans import Span, resolve_spans
@@ -61,8 +61,7 @@ def stage_problems(
 
 def _list_problems(cfg: Config) -> list[str]:
     problems = folder_problems(cfg.training.dataset_folders, "training.dataset_folders")
-    if cfg.training.dataset_path == "":
-        problems.append('training.dataset_path = "": is empty; leave it out')
+    problems += base_weight_problems(cfg.training)
     for index, table in enumerate(cfg.training.data_stages):
         path = f"training.data_stages[{index}]"
         problems += folder_problems(table.dataset_folders, f"{path}.dataset_folders")
@@ -192,13 +191,22 @@ def _with_batches(
                 f"but a 1F1B pipeline of {layout.pp} parts needs at least {layout.pp}; raise global_batch_size to "
                 f"{ranks * micro * layout.pp}, or lower pipeline_parallel_microbatch_size"
             )
-        if layout.pp > 1 and span.table is not None and span.table.local_batch_size is not None:
+        if layout.pp > 1 and _local_is_unused(cfg, span):
             note = f"local_batch_size is not used by a pipeline, whose micro-batches have {what} = {micro} rows"
             stage = replace(stage, notes=(*stage.notes, note))
         result.append(
             replace(stage, global_batch_size=rows, data_ranks=ranks, micro_batch_size=micro, micro_batches=count)
         )
     return result
+
+
+def _local_is_unused(cfg: Config, span: Span) -> bool:
+    """Whether a local_batch_size that somebody wrote has no part in a pipelined stage's batch."""
+    settles_global = cfg.training.global_batch_size == -1  # that of the first stage does
+    own = span.table is not None and span.table.local_batch_size is not None
+    if own:
+        return not (settles_global and span.start_step == 0)
+    return cfg.training.is_written("local_batch_size") and not settles_global
 
 
 def _does_not_divide(cfg: Config, span: Span, rows: int, ranks: int, micro: int, what: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megastage.config.keys import (
+    MAX_COUNT,
     MAX_SEED,
     DatasetType,
     DecayType,
@@ -95,17 +96,17 @@ class DataStage(Section):
     """One stage of the run. A key left out comes from [training] (or from the table that owns it)."""
 
     name: str = key(..., "Stage identifier for logging")
-    start_step: int = key(..., "Step when the stage begins (inclusive)")
-    end_step: int | None = key(None, "Step when the stage ends (exclusive); omit for the final stage")
+    start_step: int = key(..., "Step when the stage begins (inclusive)", le=MAX_COUNT)
+    end_step: int | None = key(None, "Step when the stage ends (exclusive); omit for the final stage", le=MAX_COUNT)
     dataset: str | None = key(None, "Dataset name")
     dataset_path: str | None = key(None, "Path to one dataset")
     dataset_type: DatasetType | None = key(None, "Kind of data")
     dataset_folders: Strings = key((), "Folders to blend; empty: inherit")
     dataset_weights: Floats = key((), "Weights for blending, one per folder, by rows; empty: inherit")
     dataset_random_seed: int | None = key(None, "Random seed of the data order", ge=0, le=MAX_SEED)
-    seq_len: int | None = key(None, "Sequence length in tokens (for context extension)", ge=1)
-    local_batch_size: int | None = key(None, "Rows per data rank and accumulation step", ge=1)
-    global_batch_size: int | None = key(None, "Rows per optimizer step over the whole job", ge=1)
+    seq_len: int | None = key(None, "Sequence length in tokens (for context extension)", ge=1, le=MAX_COUNT)
+    local_batch_size: int | None = key(None, "Rows per data rank and accumulation step", ge=1, le=MAX_COUNT)
+    global_batch_size: int | None = key(None, "Rows per optimizer step over the whole job", ge=1, le=MAX_COUNT)
     rope_theta: FiniteFloat | None = key(None, "Base of the rotary embedding", gt=0)
     rope_scaling: RopeScalingTable | None = key(None, "Scaling of the rotary embedding")
     context_parallel_degree: int | None = key(None, "Ranks that share one sequence", ge=1)
@@ -137,14 +138,17 @@ class Training(Section):
     min_doc_len: int = key(0, "Tokens below which a document is not read; 0: all are", ge=0)
     long_doc_len: int = key(0, "Tokens from which on a document is long; 0: no two kinds", ge=0)
     long_doc_share: FiniteFloat | None = key(None, "Share of rows made of long documents", ge=0, le=1)
+    live_text_mb: int = key(256, "MB on disk above which text is tokenized while it is read, not before", ge=0)
     superblock_tokens: int | None = key(None, "Tokens of a shuffled block of a token stream; unset: chosen", ge=1)
-    local_batch_size: int = key(8, "Rows per data rank and accumulation step", ge=1)
-    global_batch_size: int = key(-1, "Rows per optimizer step over the whole job; -1: local_batch_size x data ranks")
-    seq_len: int = key(2048, "Sequence length in tokens", ge=1)
+    local_batch_size: int = key(8, "Rows per data rank and accumulation step", ge=1, le=MAX_COUNT)
+    global_batch_size: int = key(
+        -1, "Rows per optimizer step over the whole job; -1: local_batch_size x data ranks", le=MAX_COUNT
+    )
+    seq_len: int = key(2048, "Sequence length in tokens", ge=1, le=MAX_COUNT)
     rope_theta: FiniteFloat | None = key(None, "Base of the rotary embedding; unset: the model's", gt=0)
     rope_scaling: RopeScalingTable | None = key(None, "Scaling of the rotary embedding; unset: the model's")
     max_norm: float = key(1.0, "Gradient norm above which gradients are scaled down; inf: never", gt=0)
-    steps: int = key(10_000, "Optimizer steps of the run", ge=1)
+    steps: int = key(10_000, "Optimizer steps of the run", ge=1, le=MAX_COUNT)
     enable_cpu_offload: bool = key(False, "Keep parameters and optimizer state in host memory")
     dtype: Literal["float32", "bfloat16"] = key("float32", "Precision of the parameters as stored")
     mixed_precision_param: Literal["bfloat16", "float32"] = key("bfloat16", "Precision of the computation")
@@ -162,8 +166,8 @@ class Validation(Section):
     dataset_path: str | None = key(None, "Path to the dataset")
     dataset_type: DatasetType | None = key(None, "Kind of data; unset: training.dataset_type")
     dataset_folders: Strings = key((), "Folders to validate on")
-    local_batch_size: int = key(8, "Rows per data rank", ge=1)
-    seq_len: int = key(2048, "Sequence length in tokens", ge=1)
+    local_batch_size: int = key(8, "Rows per data rank", ge=1, le=MAX_COUNT)
+    seq_len: int = key(2048, "Sequence length in tokens", ge=1, le=MAX_COUNT)
     freq: int = key(10, "Steps between validations", ge=1)
     steps: int = key(-1, "Batches per validation; -1: all of the data", ge=-1)
     dataloader: Dataloader = key(Dataloader(), "Worker processes")

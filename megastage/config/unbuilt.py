@@ -6,8 +6,6 @@ not listed where the part itself is switched by another key: stock files set the
 
 from __future__ import annotations
 
-from typing import Any
-
 from megastage.config.errors import show
 from megastage.config.fields import all_keys
 from megastage.config.schema import Config
@@ -60,13 +58,6 @@ UNBUILT_CHOICES: dict[str, dict[str, str]] = {
 }
 
 
-def _value(cfg: Config, path: str) -> Any:
-    node: Any = cfg
-    for name in path.split("."):
-        node = getattr(node, name)
-    return node
-
-
 def unbuilt_problems(cfg: Config) -> list[str]:
     """One line for each setting of a part that megastage does not have."""
     problems: list[str] = []
@@ -74,12 +65,12 @@ def unbuilt_problems(cfg: Config) -> list[str]:
         if ".N." in path or path in _INERT or not cfg.is_set(path):
             continue
         reason = UNBUILT_KEYS.get(path) or UNBUILT_KEYS.get(path.split(".")[0] + ".*")
-        value = _value(cfg, path)
+        value = cfg.value(path)
         if reason and value != info.default:
             default = "unset" if info.default is None else show(info.default)
             problems.append(f"{path} = {show(value)}: {reason}; leave it at its default ({default})")
     for path, choices in UNBUILT_CHOICES.items():
-        value = _value(cfg, path)
+        value = cfg.value(path)
         if value in choices:
             problems.append(f"{path} = {show(value)}: {choices[value]}")
     for index, stage in enumerate(cfg.training.data_stages):

@@ -165,7 +165,8 @@ class BlendTable:
         weights = np.asarray(int_weights, np.int64)
         if source.dtype != np.int16 or not np.array_equal(np.bincount(source, minlength=weights.size), weights):
             raise ValueError("blend table: the received draw order does not match its weights")
-        return cls(weights, source, _ranks(source, weights))
+        fast = compiled.ranks() if source.size >= COMPILE_FROM else None
+        return cls(weights, source, fast(source, weights.size) if fast else _ranks(source, weights))
 
     @property
     def period(self) -> int:

@@ -31,6 +31,11 @@ def _numba() -> Any:
     return numba
 
 
+def available() -> bool:
+    """Whether loops can be compiled. Imports numba."""
+    return _numba() is not None
+
+
 def compile_loop(function: Callable[..., Any], *, nogil: bool = False) -> Callable[..., Any] | None:
     """`function` compiled at its first call (and cached on disk), or None without numba."""
     numba = _numba()
@@ -56,9 +61,25 @@ def blend_period() -> Callable[..., Any] | None:
 
 
 @lru_cache(maxsize=1)
+def ranks() -> Callable[..., Any] | None:
+    """Compiled `(source int16[n], k) -> int32[n]`, how often the same source came before, or None."""
+    return compile_loop(_ranks)
+
+
+@lru_cache(maxsize=1)
 def best_fit() -> Callable[..., Any] | None:
     """Compiled `(lengths int64[n] in falling order, capacity) -> bin int64[n]`, or None."""
     return compile_loop(_best_fit)
+
+
+def _ranks(source: np.ndarray, k: int) -> np.ndarray:
+    seen = np.zeros(k, np.int32)
+    rank = np.empty(source.size, np.int32)
+    for n in range(source.size):
+        i = source[n]
+        rank[n] = seen[i]
+        seen[i] += 1
+    return rank
 
 
 def _release_order(weights: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

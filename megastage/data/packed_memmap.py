@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megastage.data.durable import StagedFolder, fsync_path, write_atomically
+from megastage.data.durable import StagedFolder, close_discarded, fsync_path, write_atomically
+from megastage.data.mapping import map_file
 
 FORMAT = "megastage.packed_memmap"
 VERSION = 1
@@ -200,18 +201,21 @@ class PackedMemmapWriter:
 
     def abort(self) -> None:
         """Drop what was written; an earlier data set of that name is untouched."""
-        self._tokens_file.close()
-        self._documents_file.close()
+        close_discarded(self._tokens_file, self._documents_file)
         self._staged.discard()
 
     def __enter__(self) -> PackedMemmapWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.abort()
+            raise
 
 
 class _PageChecksums:
@@ -286,8 +290,10 @@ def _parse_metadata(file: Path, content: dict[str, Any]) -> PackedMemmapMetadata
     if content["page_bytes"] % 4:
         raise PackedMemmapError(f"{file}: page_bytes is {content['page_bytes']}, expected a multiple of 4")
     eos_id, tokenizer = content["eos_id"], content["tokenizer"]
-    if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < 1 << 32):
-        raise PackedMemmapError(f"{file}: eos_id is {eos_id!r}, expected null or a token id")
+    if eos_id is not None and (
+        type(eos_id) is not int or not 0 <= eos_id < 1 << 8 * _DTYPES[content["dtype"]].itemsize
+    ):
+        raise PackedMemmapError(f"{file}: eos_id is {eos_id!r}, expected null or a token id of {content['dtype']}")
     facts = None if tokenizer is None else _parse_tokenizer(file, tokenizer)
     return PackedMemmapMetadata(**{name: content[name] for name in _FIELDS if name != "tokenizer"}, tokenizer=facts)
 
@@ -339,8 +345,7 @@ def _map(file: Path, dtype: np.dtype, count: int, what: str) -> np.ndarray:
             f"{file}: {size} bytes, but {METADATA} records {count} {what} of {dtype.itemsize} bytes = "
             f"{count * dtype.itemsize}: {kind}; restore it or preprocess again"
         )
-    # A plain ndarray view slices twice as fast as the np.memmap subclass.
-    return np.memmap(file, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+    return map_file(file, dtype, count)
 
 
 def _damaged(file: Path, found: int, recorded: int) -> str:

@@ -83,7 +83,7 @@ class PackedOrder:
         self.n_blocks = -(-self.n_documents // block_documents)
         self._epochs, self._blocks = Recent(2), Recent(4)
         self._surveys: dict[DocRule, Survey] = {}
-        self._forecasts: dict[tuple[int, DocRule], tuple[float, float]] = {}
+        self._forecasts: dict[tuple[int, DocRule | None], tuple[float, float]] = {}
 
     @classmethod
     def make(
@@ -133,11 +133,13 @@ class PackedOrder:
         return PackedCursor(self, front, current._replace(mark=mark or current.mark), current.rows)
 
     def planned_epochs(self, history: Sequence[Visit]) -> float:
-        """See `Order.planned_epochs`. Under a rule by a forecast of the rows of an epoch."""
-        return sum(
-            v.rows * v.seq_len / self.n_tokens if v.rule is None else v.rows / self._forecast(v.seq_len, v.rule)[0]
-            for v in history
-        )
+        """See `Order.planned_epochs`. By a forecast of the rows of an epoch."""
+        return sum(v.rows / self._forecast(v.seq_len, v.rule)[0] for v in history if v.rows)
+
+    def padding(self, seq_len: int, rule: DocRule | None = None) -> float:
+        """About which share of the rows' positions stays empty, as nothing that is left fits there."""
+        rows, tokens = self._forecast(seq_len, rule)
+        return max(0.0, 1 - tokens / (rows * seq_len))
 
     def skipped_tokens(self, seq_len: int, rule: DocRule) -> int:
         """Tokens that an epoch leaves out under the rule: a forecast where rows follow a share, else exact."""
@@ -150,26 +152,31 @@ class PackedOrder:
             self._surveys[rule] = Survey.make(self.doc_ends, rule)
         return self._surveys[rule]
 
-    def _forecast(self, seq_len: int, rule: DocRule) -> tuple[float, float]:
-        """(rows, tokens) of an epoch under the rule, from all documents' lengths and how well the first blocks pack.
-
-        The long tokens fill long_tokens * (rows / tokens of the long documents of these blocks) rows, R_long, the short
-        ones R_short; of the share s an epoch then has min(R_long / s, R_short / (1 - s)) rows.
-        """
+    def _forecast(self, seq_len: int, rule: DocRule | None) -> tuple[float, float]:
+        """(rows, tokens) of an epoch, from all documents' lengths and how well the first blocks pack."""
         if (seq_len, rule) not in self._forecasts:
-            blocks = [self._documents(number) for number in range(min(_SAMPLED_BLOCKS, self.n_blocks))]
-            split = rule.long_doc_len if rule.long_doc_share is not None else self.n_tokens + 1
-            bounds = ((split, self.n_tokens + 1), (max(1, rule.min_doc_len), split))
-            rates = [_rows_a_token(blocks, low, high, seq_len) for low, high in bounds]
-            found, share = self.survey(rule), rule.long_doc_share or 0.0
-            parts = [
-                (tokens, rate, part)
-                for tokens, rate, part in zip((found.long_tokens, found.short_tokens), rates, (share, 1 - share))
-                if part
-            ]
-            rows = min(tokens * rate / part for tokens, rate, part in parts)
-            self._forecasts[seq_len, rule] = rows, sum(rows * part / rate for _, rate, part in parts)
+            if rule is None:
+                rate = _rows_a_token([self._documents(0)], 1, self.n_tokens + 1, seq_len)
+                self._forecasts[seq_len, rule] = self.n_tokens * rate, float(self.n_tokens)
+            else:
+                self._forecasts[seq_len, rule] = self._forecast_by(rule, seq_len)
         return self._forecasts[seq_len, rule]
+
+    def _forecast_by(self, rule: DocRule, seq_len: int) -> tuple[float, float]:
+        """The long tokens fill long_tokens * (rows / tokens of the long documents of some blocks) rows, R_long, the
+        short ones R_short; of the share s an epoch then has min(R_long / s, R_short / (1 - s)) rows."""
+        blocks = [self._documents(number) for number in range(min(_SAMPLED_BLOCKS, self.n_blocks))]
+        split = rule.long_doc_len if rule.long_doc_share is not None else self.n_tokens + 1
+        bounds = ((split, self.n_tokens + 1), (max(1, rule.min_doc_len), split))
+        rates = [_rows_a_token(blocks, low, high, seq_len) for low, high in bounds]
+        found, share = self.survey(rule), rule.long_doc_share or 0.0
+        parts = [
+            (tokens, rate, part)
+            for tokens, rate, part in zip((found.long_tokens, found.short_tokens), rates, (share, 1 - share))
+            if part
+        ]
+        rows = min(tokens * rate / part for tokens, rate, part in parts)
+        return rows, sum(rows * part / rate for _, rate, part in parts)
 
     def block(self, number: int, seq_len: int, rule: DocRule | None = None) -> Packed:
         """The rows of a whole block, counted over all epochs."""

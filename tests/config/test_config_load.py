@@ -76,10 +76,26 @@ def test_without_a_file_everything_is_default() -> None:
         (["--model.rope_scaling", '{"kind": "linear", "factor": 2}'], "model.rope_scaling.kind", "linear"),
         (["--parallelism.pipeline_parallel_schedule", "GPipe"], "parallelism.pipeline_parallel_schedule", "GPipe"),
         (["--training.steps", "90", "--training.steps", "80"], "training.steps", 80),
+        (["--training.dataset_folders", "/x", "/y"], "training.dataset_folders", ("/x", "/y")),
+        (
+            ["--training.dataset_folders", "/x", "--training.dataset_folders=/y"],
+            "training.dataset_folders",
+            ("/x", "/y"),
+        ),
+        (
+            ["--training.dataset_weights", "0.5", "1,2", "--training.steps=90"],
+            "training.dataset_weights",
+            (0.5, 1.0, 2.0),
+        ),
+        (["--checkpoint.no-enable", "true"], "checkpoint.enable", False),
+        (["--checkpoint.enable", "--checkpoint.no-enable"], "checkpoint.enable", False),
+        (["--job.description", ""], "job.description", ""),
+        (["--job.description=--a=b"], "job.description", "--a=b"),
     ],
 )
 def test_overrides(base: str, arguments: list[str], path: str, value: object) -> None:
-    node: object = load_config(["--config", base, *arguments])
+    weights = [] if path != "training.dataset_weights" else ["--training.dataset_folders", *"abc"[: len(value)]]  # type: ignore[arg-type]
+    node: object = load_config(["--config", base, *arguments, *weights])
     for name in path.split("."):
         node = getattr(node, name)
     assert node == value
@@ -91,6 +107,7 @@ def test_stages_by_index_change_one_key(base: str) -> None:
     assert [stage.seq_len for stage in cfg.training.data_stages] == [None, 1024]
     assert [stage.name for stage in cfg.training.data_stages] == ["one", "two"]
     assert "seq_len" not in cfg.training.data_stages[0].model_fields_set
+    assert load_config(["--config", base, "--training.data_stages[1].seq_len=9"]).training.data_stages[1].seq_len == 9
 
 
 def test_a_stage_can_be_added_by_index(base: str) -> None:
@@ -135,6 +152,8 @@ def test_the_command_line_wins_across_generations(base: str) -> None:
         (["--training.steps", "many"], '--training.steps "many": must be an integer'),
         (["--training.steps", "1.5"], '--training.steps "1.5": must be an integer'),
         (["--optimizer.lr", "high"], '--optimizer.lr "high": must be a number'),
+        (["--training.data_stages.two.seq_len", "3"], "stages are counted from 0"),
+        (["--checkpoint.enable", "1"], '--checkpoint.enable "1": must be true or false'),
         (["--checkpoint.enable=yes"], '--checkpoint.enable "yes": must be true or false'),
         (["--debug.seed", "None"], '--debug.seed "None": must be an integer; leave the key out for its default'),
         (["--training.dataset_weights", "[0.5"], "must be a list as JSON"),
@@ -193,6 +212,65 @@ def test_typos_and_contradictions_come_together(tmp_path: Path) -> None:
     found = problems(["--config", str(file)], world_size=4)
     assert len(found) == 3
     assert any("4 ranks can't be divided" in problem for problem in found)
+
+
+def test_a_wrong_value_hides_no_other_problem(tmp_path: Path) -> None:
+    """What contradicts is told beside what can't be read, and nothing that only follows from that."""
+    file = tmp_path / "c.toml"
+    file.write_text("""
+[training]
+steps = "many"
+seq_len = "long"
+dataset_type = "nanoset"
+dataset_folders = ["/a", "/b"]
+dataset_weights = [0.5, nan]
+[parallelism]
+tensor_parallel_degree = 3
+[float8]
+emulate = true
+[[training.data_stages]]
+name = "a"
+start_step = 0
+end_step = 40
+[[training.data_stages]]
+name = "a"
+start_step = 50
+end_step = 80.5
+dataset_folders = "/x"
+dataset_weights = [1, 2, 3]
+[[training.data_stages]]
+name = 3
+start_step = 70
+dataset_weights = [1]
+""")
+    found = problems(["--config", str(file)], 3)
+    expected = [
+        "training.steps = ", "training.seq_len = ", "training.data_stages[1].end_step = 80.5",
+        "training.data_stages[1].dataset_folders = ", "training.data_stages[2].name = 3",
+        "training.data_stages[0].end_step = 40: a gap", 'training.data_stages[1].name = "a": already',
+        "training.dataset_weights = [0.5, nan]: nan", "training.data_stages[2].dataset_weights = [1.0]: 1 weights",
+        "float8.emulate", "parallelism.tensor_parallel_degree = 3: llama3 debugmodel has 8 query heads",
+    ]  # fmt: skip
+    for start in expected:
+        assert sum(problem.startswith(start) for problem in found) == 1, start
+    assert len(found) == len(expected), "\n".join(found)
+
+
+def test_a_stage_without_a_start_leaves_the_other_tables_to_be_checked(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[[training.data_stages]]\nname = "a"\n[optimizer]\nname = "Adam"\n[training]\nsteps = 5\n')
+    assert [problem.partition(":")[0] for problem in problems(["--config", str(file)], 1)] == [
+        "training.data_stages[0].start_step", 'optimizer.name = "Adam"',
+    ]  # fmt: skip
+
+
+def test_the_command_line_and_a_broken_file_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[training]\nsteps = 3\nsteps = 4\n")
+    syntax, argument = problems(["--config", str(file), "--nothing.here", "1"])
+    assert "line 3: not valid TOML" in syntax
+    assert "the key stands twice in its table" in syntax
+    assert "--nothing.here is not a known key" in argument
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -337,7 +337,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ),
     ('[validation]\ndataset_path = "/a"\ndataset_folders = ["/b"]', 1, ["validation.dataset_folders: both set"]),
     (
-        "[parallelism]\npipeline_parallel_degree = 2\nmodule_fqns_per_model_part = []\n"
+        "[parallelism]\npipeline_parallel_degree = 2\nmodule_fqns_per_model_part = [['norm']]\n"
         'pipeline_parallel_split_points = ["layers.3"]',
         2,
         ["parallelism.module_fqns_per_model_part: both set; keep one of them"],
@@ -355,6 +355,21 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ),
     ('[training]\ndataset_path = ""', 1, ['training.dataset_path = "": is empty; leave it out']),
     ("compile = 3\n[training]\ncompile = true", 1, ["compile = 3: must be a table"]),
+    ("[training]\nsteps = 4294967296", 1, ["training.steps = 4294967296: must be at most 2147483647"]),
+    ("[[training]]\nsteps = 3", 1, ["must be a table (written as [training], in single brackets)"]),
+    ('[training.data_stages]\nname = "a"', 1, ["write each under [[training.data_stages]], in double brackets"]),
+    ('[job]\ndump_folder = ""', 1, ['job.dump_folder = "": is empty; leave it out']),
+    ('[model]\ntokenizer_path = ""', 1, ['model.hf_assets_path = "": is empty; leave it out']),
+    (
+        stages(stage("a", 0, "dataset_weights = [1, 2]"), base=NANOSET + "dataset_weights = [1, -2]\n"),
+        1,
+        ["training.dataset_weights = [1.0, -2.0]: -2.0 is negative"],
+    ),
+    (
+        stages(stage("a", 0, "dataset_weights = [1, 2]"), base=NANOSET + "dataset_weights = [1, 2, 3]\n"),
+        1,
+        ["3 weights for 2 training.dataset_folders", "every stage has its own"],
+    ),
     ("[validation]\nsteps = 0", 1, ["validation.steps = 0: nothing would be validated"]),
 ]
 

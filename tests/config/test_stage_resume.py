@@ -85,6 +85,17 @@ def test_the_past_is_frozen_and_the_future_is_free(stages, key: str, value: str)
         assert " -> " in diff
 
 
+def test_a_stage_that_has_begun_keeps_its_name(stages) -> None:
+    old, edited = saved(stages()), stages(edit(1, "name", "zwei"))
+    assert compare(old, edited, 150)[0] == [
+        'stage \'two\': name was "two" and is "zwei", but the stage has begun; '
+        "set it back, or end the stage at step 150 and put the change in a new one"
+    ]
+    problems, diffs = compare(old, edited, 100)
+    assert problems == []
+    assert diffs == ["stage 'zwei': new, from step 100", "stage 'two': gone"]
+
+
 def test_both_values_are_named(stages) -> None:
     problems, _ = compare(saved(stages()), stages(edit(1, "seq_len", "1024")), 150)
     assert "seq_len was 4096 and is 1024" in problems[0]
@@ -93,7 +104,7 @@ def test_both_values_are_named(stages) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("name", "zwei"), ("local_batch_size", "4"), ("dataset_folders", "/copy/a,/copy/b"), ("recompute_mode", "full"),
+        ("local_batch_size", "4"), ("dataset_folders", "/copy/a,/copy/b"), ("recompute_mode", "full"),
         ("lr", "1e-5"), ("weight_decay", "0.0"),
     ],
 )  # fmt: skip

@@ -5,7 +5,6 @@ The servers are in the extra `test-remote`; without it these tests are skipped.
 
 import http.client
 import multiprocessing
-import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from source_files import documents, flat, write_megatron, write_nanoset
 
-from megastage.data.sources import remote
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 
 NEEDS = "needs the extra test-remote: pip install -e .[test-remote]"
@@ -144,21 +142,6 @@ def test_folders_and_prefixes_of_a_bucket(s3, tmp_path):
     with pytest.raises(SourceError, match="s3://data/one/none: no such file or folder"):
         open_source("nanoset", "s3://data/one/none", options)
     assert built(options) == ["remote", "remote"]
-
-
-def test_the_cache_of_a_bucket_is_bounded(s3, monkeypatch):
-    client, _, options = s3
-    for name in "abc":
-        client.put_object(Bucket="data", Key=f"two/{name}/x.ds", Body=bytes([1, 0]) * 50_000)
-        client.put_object(Bucket="data", Key=f"two/{name}/x.ds.metadata", Body=b"t|2\n50000\n")
-    monkeypatch.setenv("MEGASTAGE_REMOTE_CACHE_GB", "0.00025")
-    folders = {}
-    for age, name in enumerate("abac"):
-        folders[name] = remote.fetch(f"s3://data/two/{name}", options).parent
-        os.utime(folders[name] / ".used", (age, age))
-    assert [folders[name].exists() for name in "abc"] == [True, False, True]
-    size = sum(file.stat().st_size for file in options.cache_folder.rglob("*") if file.is_file())
-    assert size <= 250_000
 
 
 def test_a_connection_that_breaks_off_never_gives_half_a_file(s3, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,7 @@ from source_files import (
 
 from megastage.data.engine import DataEngine
 from megastage.data.packed_memmap import PackedMemmapWriter
-from megastage.data.sources import decoded, text
+from megastage.data.sources import columnar, decoded, text
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
 
 DOCS = documents(6, 400, low=2, high=60)
@@ -57,8 +59,46 @@ def test_repeated_values_are_seen_to_be_large(tmp_path, monkeypatch):
     pq.write_table(pa.table({"input_ids": rows}), tmp_path / "x.parquet")
     assert (tmp_path / "x.parquet").stat().st_size < 50_000
     monkeypatch.setattr(decoded, "IN_MEMORY_BYTES", 1 << 20)
-    assert decoded.is_large(tmp_path / "x.parquet", ("input_ids",))
-    assert not decoded.is_large(tmp_path / "x.parquet", ("labels",))
+    source = open_source("preprocessed", tmp_path / "x.parquet", SourceOptions(cache_folder=tmp_path / "cache"))
+    assert source.n_tokens == 10**6
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_many_small_files_take_no_more_memory_than_one(tmp_path, monkeypatch):
+    """The bound is that of the data set: what comes when it is used up goes to the cache, however small it is."""
+    for number in range(5):
+        column = pa.array([[number] * 100] * 100, pa.list_(pa.int32()))  # 40 kB, of which the file takes 1
+        pq.write_table(pa.table({"input_ids": column}), tmp_path / f"{number}.parquet")
+    monkeypatch.setattr(decoded, "IN_MEMORY_BYTES", 100_000)
+    source = open_source("preprocessed", tmp_path, SourceOptions(cache_folder=tmp_path / "cache"))
+    assert source.read(0, 50_000).tolist() == [number for number in range(5) for _ in range(10_000)]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_each_file_is_decoded_once_and_later_known_by_its_footer(tmp_path, parquet, monkeypatch):
+    decodings = []
+    original = columnar._parquet_batches
+    monkeypatch.setattr(columnar, "_parquet_batches", lambda *a: decodings.append(a) or original(*a))
+    options = SourceOptions(cache_folder=tmp_path / "cache")
+    for bound, expected in ((1 << 20, 1), (1000, 1), (1000, 0)):  # in memory, to the cache, from the cache
+        monkeypatch.setattr(decoded, "IN_MEMORY_BYTES", bound)
+        decodings.clear()
+        open_source("preprocessed", parquet, options)
+        assert len(decodings) == expected
+
+
+def test_an_edit_in_place_is_noticed_whatever_its_times_say(tmp_path, parquet, monkeypatch):
+    monkeypatch.setattr(decoded, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(decoded, "_FOOTER_BYTES", 100)
+    options = SourceOptions(cache_folder=tmp_path / "cache")
+    open_source("preprocessed", parquet, options)
+    facts = parquet.stat()
+    time.sleep(0.02)  # the clock of a file system may stand still that long
+    with open(parquet, "r+b") as file:
+        file.write(bytes(1000))
+    os.utime(parquet, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(SourceError, match=r"x\.parquet: not readable"):
+        open_source("preprocessed", parquet, options)
 
 
 def test_a_damaged_large_file_leaves_nothing_in_the_cache(tmp_path, parquet, monkeypatch):

@@ -41,6 +41,7 @@ class Guard:
     def __init__(self) -> None:
         self.allowed: list[tuple[int, int]] = []
         self.launches = 0
+        self.launched: set[str] = set()
 
     def allow(self, *tensors: Tensor) -> None:
         """Tensors that a kernel reaches through addresses in a table."""
@@ -84,6 +85,7 @@ def memory_guard():
     def guarded_launch(self, *args, **kwargs):
         ranges[:] = [byte_range(x) for x in _tensors([*args, *kwargs.values()])] + guard.allowed
         guard.launches += 1
+        guard.launched.add(self.fn.__name__)
         return launch(self, *args, **kwargs)
 
     def guarded_load(self, pointers, mask, *rest):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import kernel_tables
 import pytest
 from kernel_probe import bars, gate
 from kernel_probe.report import Report
@@ -122,10 +123,18 @@ def test_static_bars():
     assert "2 spill" in "; ".join(bars.missed(spec, report(loop=cheap, spills=2)))  # outside the loop too
 
 
+def assert_documented(kernels):
+    """docs/kernels-gate.md shows what was just measured."""
+    page = (REPO / "docs" / "kernels-gate.md").read_text().splitlines()
+    lines = [line for group in kernel_tables.groups(kernels).values() for line in kernel_tables.table(group)]
+    stale = [line for line in lines if line not in page]
+    assert not stale, "make the page anew: " + "\n".join(stale[:5])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_everything(tmp_path):
-    judged(tmp_path)
+    assert_documented(judged(tmp_path))
 
 
 @pytest.mark.slow
@@ -134,7 +143,7 @@ def test_everything_on_the_other_triton(tmp_path):
     other = os.environ.get("MEGASTAGE_OTHER_TRITON", "")
     if not (Path(other) / "triton").is_dir():
         pytest.skip("set MEGASTAGE_OTHER_TRITON to a folder made by pip install --no-deps --target DIR triton==3.9.0")
-    judged(tmp_path, "--triton", other)
+    assert_documented(judged(tmp_path, "--triton", other))
 
 
 def report(**changes):

@@ -10,11 +10,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from megastage.kernels.global_norm import sum_of_squares_op
-from megastage.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_op
+from megastage.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_backward_op,
+    linear_cross_entropy_op,
+)
 from megastage.kernels.optimizer import adamw_op, step_scalars
-from megastage.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_op
+from megastage.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_backward_op, rms_norm_op
 from megastage.kernels.rope import rope_qk, rope_qk_inplace_op, rope_qk_op
-from megastage.kernels.swiglu import swiglu, swiglu_op
+from megastage.kernels.swiglu import swiglu, swiglu_backward_op, swiglu_op
 from ranks import run_ranks
 
 
@@ -25,6 +29,9 @@ def leaf(*shape):
 ANGLE = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 POSITIONS = torch.tensor([[0, 1, 5], [2, 0, 1]])
 LABELS = torch.tensor([1, -100, 6, 0, 3])
+
+
+ROOTS = torch.ones(3, dtype=torch.float64)
 
 
 def cross_entropy_args(with_grad=True, triton=True):
@@ -44,6 +51,16 @@ CASES = {
         (leaf(2, 3, 4, 8).detach(), leaf(2, 3, 2, 8).detach(), ANGLE.cos(), ANGLE.sin(), POSITIONS),
     ),
     "swiglu": lambda: (swiglu_op, (leaf(3, 5), leaf(3, 5))),
+    "rms_norm_backward": lambda: (
+        rms_norm_backward_op,
+        (flat(18).view(3, 6), None, flat(18).view(3, 6), flat(6), ROOTS),
+    ),
+    "add_rms_norm_backward": lambda: (
+        rms_norm_backward_op,
+        (flat(18).view(3, 6), flat(18).view(3, 6), flat(18).view(3, 6), flat(6), ROOTS),
+    ),
+    "swiglu_backward": lambda: (swiglu_backward_op, (flat(15), flat(15), flat(15))),
+    "cross_entropy_backward": lambda: (linear_cross_entropy_backward_op, (torch.ones(()), flat(8), flat(9))),
     "cross_entropy": lambda: (linear_cross_entropy_op, cross_entropy_args()),
     "cross_entropy_reference": lambda: (linear_cross_entropy_op, cross_entropy_args(triton=False)),
     "sum_of_squares": lambda: (sum_of_squares_op, ([flat(5), flat(3)],)),

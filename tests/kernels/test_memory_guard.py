@@ -1,10 +1,26 @@
 """The sanitizer itself: it must see what it is there to see."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from flash_cases import CASES
+from flash_oracle import check
 from memory_guard import only_program, virtual
+from numeric_cases import (
+    adamw_case,
+    add_norm_case,
+    cross_entropy_case,
+    global_norm_case,
+    rope_case,
+    swiglu_case,
+    three_ways,
+)
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
 @triton.jit
@@ -54,3 +70,24 @@ def test_only_program_runs_the_one_asked_for(guard):
     assert torch.equal(out[32:48], x[32:48])
     assert not out[:32].any()
     assert not out[48:].any()
+
+
+def launched_from(folder: Path) -> set[str]:
+    """Names of all kernels in `folder`: what is decorated by triton.jit and named so."""
+    names = set()
+    for path in folder.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list:
+                names.add(node.name)
+    return names
+
+
+def test_every_kernel_runs_under_the_guard(guard):
+    """So that none is added which the guard never sees: tests of numerics run in it too."""
+    cases = (add_norm_case((5, 33)), rope_case(1, 3, 2, 1, 10), swiglu_case((3, 37)), cross_entropy_case(5, 7, 11),
+             adamw_case(1025, 2), global_norm_case((5, 8193)))  # fmt: skip
+    for case in cases:
+        three_ways(case, torch.float32, "triton")
+    check(CASES["everything"], torch.float32, "triton")
+    assert guard.launched == launched_from(KERNELS)
+    assert len(guard.launched) == 14

@@ -24,6 +24,7 @@ def test_a_step_line_holds_every_figure():
     for part in ("tokens/s 12,346", "mfu 41.2%", "memory 1.50GiB", "data_wait 2.0ms"):
         assert part in line
     assert "mfu n/a" in logs.step_line({**RECORD, "mfu": None}, 1000)
+    assert "loss n/a" in logs.step_line({**RECORD, "loss": None}, 1000)
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', "\x00\x00"], ids=["clean", "cut", "zeros"])
@@ -36,6 +37,34 @@ def test_records_of_updates_done_again_are_dropped(tmp_path, tail):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True},
     ]  # fmt: skip
+
+
+def _steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_fresh_start_in_a_used_folder_keeps_the_old_records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for number in range(3):
+        lines = JsonLines(path, 0)
+        for step in range(1, 4 - number):
+            lines.write({"step": step})
+        lines.close()
+    assert _steps(path) == [1]
+    assert _steps(tmp_path / "metrics.jsonl.superseded-1") == [1, 2, 3]
+    assert _steps(tmp_path / "metrics.jsonl.superseded-2") == [1, 2]
+
+
+def test_a_rewind_keeps_the_records_of_the_way_not_taken(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    JsonLines(path, 5, rewound=True).close()
+    assert sorted(tmp_path.iterdir()) == [path]  # nothing was left behind
+    JsonLines(path, 2, rewound=True).close()
+    assert _steps(path) == [1, 2]
+    assert _steps(tmp_path / "metrics.jsonl.superseded-1") == [1, 2, 3, 4, 5]
+    JsonLines(path, 1).close()  # updates that will be done again, equal to the bit
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_weights_and_biases_gets_every_figure(tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ BARS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("attention_dkv", "sm_80"): (0.70, None),
 }
 PLAIN = "bf16 D128"
-VARIANTS = tuple(f"{PLAIN} {form}" for form in ("MHA", "MQA", "one head", "odd length", "fused", "heads first", "sink"))
+FORMS = ("MHA", "MQA", "one head", "odd length", "fused", "heads first", "far apart", "sink")
+VARIANTS = tuple(f"{PLAIN} {form}" for form in FORMS)
 SLACK = 0.05
 
 

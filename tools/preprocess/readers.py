@@ -216,8 +216,10 @@ def _parquet(part: Part, text_field: str, progress: Progress) -> Iterator[str | 
                     yield BadLine(f"{path}:row {row}", result.reason) if isinstance(result, BadLine) else result
                     row += 1
                 done += batch.num_rows
-                progress(part.cost_bytes * done // rows - reported)
-                reported = part.cost_bytes * done // rows
+                progress(part.cost_bytes * done // max(1, rows) - reported)
+                reported = part.cost_bytes * done // max(1, rows)
+            if done != rows:
+                raise InputError(f"{path}: damaged: gives {done} rows of {rows} recorded; replace or remove it")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged parquet data ({error}); replace or remove it") from None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from megastage.data.sources.base import SourceError
 
 _BATCH_ROWS, _BATCH_BYTES = 1 << 16, 16 << 20
 _BUFFER_BYTES = 1 << 20
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_OLD_END = b"\0\0\0\0"  # before Arrow 0.15
 
 
 def data_files(path: Path) -> list[Path]:
@@ -63,11 +67,45 @@ def record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
         reader = _ipc_reader(source)
         names = [name for name in reader.schema.names if name in columns]
         if isinstance(reader, pa.RecordBatchFileReader):
-            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = reader
-        for batch in batches:
+            for i in range(reader.num_record_batches):
+                yield reader.get_batch(i).select(names)
+            return
+        stop = source.tell()
+        for batch in reader:
+            stop = source.tell()
             yield batch.select(names)
+        _check_end(file, stop)
+
+
+def _check_end(file: Path, stop: int) -> None:
+    """A stream must go on, behind its last message, with its end mark and nothing more.
+
+    pyarrow takes the end of the file for the end of the stream, also where the file was cut between two messages.
+    """
+    with open(file, "rb") as opened:
+        opened.seek(stop)
+        end = opened.read(len(_END) + 1)
+    if end not in (_END, _OLD_END):
+        found = "has more data behind" if end.startswith((_END, _OLD_END)) else "ends without"
+        raise SourceError(
+            f"{file}: {found} the mark that ends an Arrow stream: it is truncated, or files were joined; write it again"
+        )
+
+
+def batches_from(file: Path, columns: tuple[str, ...], row: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """As `record_batches`, from the batch on that holds `row`, each with the number of its first row."""
+    skipped = 0
+    if file.suffix == ".parquet" and row:
+        with _errors_named(file):
+            table = pq.read_metadata(file)
+        ends = list(accumulate(max(0, table.row_group(i).num_rows) for i in range(table.num_row_groups)))
+        skipped = bisect_right(ends, row)
+    first = ends[skipped - 1] if skipped else 0
+    batches = _parquet_batches(file, columns, skipped) if skipped else record_batches(file, columns)
+    for batch in batches:
+        if first + batch.num_rows > row:
+            yield batch, first
+        first += batch.num_rows
 
 
 def _ipc_reader(source: Any) -> Any:
@@ -78,7 +116,7 @@ def _ipc_reader(source: Any) -> Any:
         return pa.ipc.open_file(source)
 
 
-def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: Path, columns: tuple[str, ...], first_group: int = 0) -> Iterator[pa.RecordBatch]:
     with (
         _errors_named(file),
         pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
@@ -86,8 +124,24 @@ def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Record
         names = [name for name in table.schema_arrow.names if name in columns]
         row_bytes = encoded_bytes(table.metadata) // max(1, table.metadata.num_rows)
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+        found = 0
         # no threads: after an error in one column they would go on reading another from a file that is closed
-        yield from table.iter_batches(batch_size=rows, columns=names, use_threads=False)
+        groups = range(first_group, table.metadata.num_row_groups)
+        recorded = table.metadata.num_rows - sum(table.metadata.row_group(i).num_rows for i in range(first_group))
+        for batch in table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False):
+            found += batch.num_rows
+            yield batch
+        if found != recorded:
+            raise SourceError(
+                f"{file}: its row groups give {found} rows, but {recorded} are recorded: the file is damaged, write it "
+                "again"
+            )
+
+
+def parquet_bytes(file: Path) -> int:
+    """As `encoded_bytes`, of a file. Raises SourceError for files pyarrow refuses."""
+    with _errors_named(file):
+        return encoded_bytes(pq.read_metadata(file))
 
 
 def encoded_bytes(metadata: Any) -> int:

@@ -1,67 +1,81 @@
-"""Large Parquet files, decoded once into Arrow files in the node's cache, which are mapped like any other.
+"""Parquet files decoded for reading at random: small ones in memory, large ones in Arrow files in the node's cache.
 
 Parquet pages are encoded and mostly compressed, so they can't be mapped; decoding a row group for every row read at
-random would cost thousands of times the row. Small files are decoded into memory.
+random would cost thousands of times the row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megastage.data.durable import fsync_path
 from megastage.data.sources.base import SourceError, SourceOptions
-from megastage.data.sources.cache import entry
-from megastage.data.sources.columnar import encoded_bytes, record_batches
-from megastage.data.sources.text import content_key
+from megastage.data.sources.cache import Room, entry, find
+from megastage.data.sources.columnar import parquet_bytes, record_batches
 
-IN_MEMORY_BYTES = 64 << 20  # decoded
+IN_MEMORY_BYTES = 64 << 20  # decoded, of all files of a data set together: every rank holds its own
+_FOOTER_BYTES = 1 << 16
 _ROWS = "rows.arrow"
 
 
-def mapped(file: Path, columns: tuple[str, ...], options: SourceOptions) -> Path:
-    """`file` itself, or for a large Parquet file the Arrow file that holds the same rows of the named columns.
+class RowFiles:
+    """The files of one data set as record batches of the named columns, all of which can be read at random."""
 
-    Raises SourceError for a damaged file, or where the copy is missing and this process must not make it.
-    """
-    if not is_large(file, columns):
-        return file
-    key = hashlib.blake2b(content_key([file]) + ",".join(columns).encode(), digest_size=16).hexdigest()
+    def __init__(self, columns: tuple[str, ...], options: SourceOptions) -> None:
+        self._columns, self._options, self._left = columns, options, IN_MEMORY_BYTES
 
-    def build(folder: Path) -> None:
-        _decode(file, columns, folder / _ROWS)
+    def batches(self, file: Path) -> Iterable[pa.RecordBatch]:
+        """Views of an Arrow file, or of the Arrow copy of a Parquet file, or decoded batches while there is memory.
 
-    return entry(f"parquet-{key}", options, build, f"decodes {file}") / _ROWS
+        Raises SourceError for a damaged file, or where the copy is missing and this process must not make it.
+        """
+        if file.suffix != ".parquet":
+            return record_batches(file, self._columns)
+        name = f"parquet-{_key(file, self._columns)}"
+        if find(name, self._options) is None:
+            held = self._in_memory(file)
+            if held is not None:
+                return held
+        copy = entry(name, self._options, lambda folder: self._decode(file, folder), f"decodes {file}")
+        return record_batches(copy / _ROWS, self._columns)
+
+    def _in_memory(self, file: Path) -> list[pa.RecordBatch] | None:
+        """The whole file decoded; None where that takes more memory than is left."""
+        held, taken = [], 0
+        if parquet_bytes(file) > self._left:
+            return None
+        for batch in record_batches(file, self._columns):
+            taken += batch.nbytes  # repeated values can take any amount more than is recorded
+            if taken > self._left:
+                return None
+            held.append(batch)
+        self._left -= taken
+        return held
+
+    def _decode(self, file: Path, folder: Path) -> None:
+        room, writer, target = Room(folder.parent, str(file)), None, folder / _ROWS
+        with pa.OSFile(os.fspath(target), "wb") as sink:
+            for batch in record_batches(file, self._columns):
+                room.take(batch.nbytes)
+                writer = writer or pa.ipc.new_stream(sink, batch.schema)
+                writer.write_batch(batch)
+            if writer is None:
+                raise SourceError(f"{file}: holds no rows")
+            writer.close()
+        fsync_path(target)
 
 
-def is_large(file: Path, columns: tuple[str, ...]) -> bool:
-    """Whether it is a Parquet file that takes too much memory for every rank to hold it decoded."""
-    if file.suffix != ".parquet":
-        return False
-    try:
-        if encoded_bytes(pq.read_metadata(file)) > IN_MEMORY_BYTES:
-            return True
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise SourceError(f"{file}: not readable as .parquet ({error}); write it again") from error
-    decoded = 0  # repeated values can take any amount more
-    for batch in record_batches(file, columns):
-        decoded += batch.nbytes
-        if decoded > IN_MEMORY_BYTES:
-            return True
-    return False
-
-
-def _decode(file: Path, columns: tuple[str, ...], target: Path) -> None:
-    writer = None
-    with pa.OSFile(os.fspath(target), "wb") as sink:
-        for batch in record_batches(file, columns):
-            writer = writer or pa.ipc.new_stream(sink, batch.schema)
-            writer.write_batch(batch)
-        if writer is None:
-            raise SourceError(f"{file}: holds no rows")
-        writer.close()
-    fsync_path(target)
+def _key(file: Path, columns: tuple[str, ...]) -> str:
+    """Names the content of a file as it lies here, without reading it: an edit changes its size or its time of change,
+    which no program can set back, and mostly the footer, which says where everything is. A copy is another file."""
+    facts = file.stat()
+    with open(file, "rb") as opened:
+        opened.seek(max(0, facts.st_size - _FOOTER_BYTES))
+        digest = hashlib.blake2b(opened.read(), digest_size=16)
+    digest.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {columns}".encode())
+    return digest.hexdigest()

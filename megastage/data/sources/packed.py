@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megastage.data.mapping import map_file
 from megastage.data.packed_memmap import METADATA, TOKENS, open_packed_memmap
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource, check_ends
 
@@ -60,6 +61,8 @@ def _open_triple(prefix: Path) -> Part:
     )
     tokens = _load(token_file)
     row_tokens = tokens.shape[1] if tokens.ndim == 2 else None
+    if tokens.dtype.kind == "b":
+        raise SourceError(f"{token_file}: holds truth values, expected tokens; is it the mask?")
     if tokens.ndim not in (1, 2) or not tokens.size:
         raise SourceError(f"{token_file}: shape {tokens.shape}; expected tokens [n] or rows of tokens [rows, length]")
     shape, tokens = tokens.shape, tokens.reshape(-1)
@@ -85,11 +88,20 @@ def _load(file: Path) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as a Python literal: damage raises almost anything
         raise SourceError(f"{file}: not readable as a plain numpy array ({error}); write it again") from None
+    if not isinstance(array, np.memmap):
+        raise SourceError(f"{file}: not a plain numpy array but {type(array).__name__}; save the array by itself")
     if array.dtype.kind not in "iub":
         raise SourceError(f"{file}: holds {array.dtype}, expected integers")
+    if array.dtype.newbyteorder("<") != array.dtype:
+        raise SourceError(f"{file}: holds big-endian integers ({array.dtype.str}); save it as little-endian")
+    size, wanted = file.stat().st_size, array.offset + array.nbytes
+    if size != wanted:
+        raise SourceError(
+            f"{file}: {size} bytes, but its header (shape {array.shape}) needs {wanted}; damaged, write it again"
+        )
     if not array.flags.c_contiguous:
         raise SourceError(f"{file}: stored in Fortran order; save it in C order")
-    return np.asarray(array)
+    return map_file(file, array.dtype, array.size, array.offset).reshape(array.shape)
 
 
 def _ends_from_index(file: Path, index: np.ndarray, n_tokens: int) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from megastage.data.sources.base import IGNORED, Part, SourceError, SourceOptions, TokenSource
-from megastage.data.sources.columnar import data_files, record_batches
-from megastage.data.sources.decoded import mapped
+from megastage.data.sources.columnar import data_files
+from megastage.data.sources.decoded import RowFiles
 
 _COLUMNS = ("input_ids", "inputs", "labels", "position_ids", "sequence_lengths")
 _PROBE_ROWS = 64
@@ -26,10 +26,8 @@ _PROBE_ROWS = 64
 def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     """Open a `save_to_disk` folder or .arrow/.parquet file(s); large ones are mapped, not read."""
     path = Path(path)
-    pairs = [(file, mapped(file, _COLUMNS, options)) for file in data_files(path)]
-    batches = [
-        _columns(file, batch) for file, copy in pairs for batch in record_batches(copy, _COLUMNS) if batch.num_rows
-    ]
+    rows = RowFiles(_COLUMNS, options)
+    batches = [_columns(file, batch) for file in data_files(path) for batch in rows.batches(file) if batch.num_rows]
     if not batches:
         raise SourceError(f"{path}: holds no rows")
     layout = _detect_layout(path, batches, options)

@@ -6,20 +6,19 @@ first step. The cache key is the URL with names, sizes and versions of all files
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import os
-import shutil
-import time
+import re
 from pathlib import Path
 from typing import Any
 
 from megastage.data.sources.base import SourceError, SourceOptions
-from megastage.data.sources.cache import entry
+from megastage.data.sources.cache import Room, entry
 
-LIMIT_GB = 256.0  # MEGASTAGE_REMOTE_CACHE_GB overrides it
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
-_KIND, _USED = "remote", ".used"
-_STARTED = time.time()
+_OF_A_SET = r"(\.bin|\.idx|_token\.npy)$"  # one of several files, named for all
+_VERSION_KEYS = (
+    "ETag", "etag", "Content-MD5", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created",
+)  # fmt: skip
 
 
 def fetch(url: str, options: SourceOptions) -> Path:
@@ -31,19 +30,18 @@ def fetch(url: str, options: SourceOptions) -> Path:
     versions = _versions(files)
 
     def build(folder: Path) -> None:
-        _make_room(folder.parent, sum(size for size, _ in versions.values()), url)
+        Room(folder.parent, url).take(sum(size for size, _ in versions.values()))
         _download(fs, root, versions, folder, url)
 
     digest = hashlib.blake2b(url.encode(), digest_size=16)
     for name, (size, version) in versions.items():
         digest.update(f"{name}\0{size}\0{version}\n".encode())
-    folder = entry(f"{_KIND}-{digest.hexdigest()}", options, build, f"fetches {url}")
-    (folder / _USED).touch()
+    folder = entry(f"remote-{digest.hexdigest()}", options, build, f"fetches {url}")
     return folder / root.rsplit("/", 1)[-1]
 
 
 def _files(url: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
-    """(file system, details by path, root): the files below a folder, one file, or those that begin with a prefix."""
+    """(file system, details by path, root): the files below a folder, or one file or prefix with what belongs to it."""
     try:
         import fsspec
     except ImportError:
@@ -52,14 +50,25 @@ def _files(url: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
         fs, root = fsspec.core.url_to_fs(url)
         fs.invalidate_cache()  # listings are remembered, also by an earlier call
         root = root.rstrip("/")
-        found = fs.find(root, detail=True) or fs.glob(f"{root}.*", detail=True)
-        files = {name: info for name, info in found.items() if info.get("type") != "directory"}
+        found = fs.find(root, detail=True)
+        if not found or root in found:
+            prefix = glob.escape(re.sub(_OF_A_SET, "", root))
+            found |= fs.glob(f"{prefix}.*", detail=True) | fs.glob(f"{prefix}_*.npy", detail=True)
+        # web servers list names alone
+        files = {
+            name: info if info.get("size") is not None else {**info, **fs.info(name)}
+            for name, info in found.items()
+            if info.get("type") != "directory"
+        }
     except Exception as error:  # every kind of file system raises its own
         raise SourceError(
             f"{url}: cannot be listed ({type(error).__name__}: {error}); check address, credentials and network"
         ) from error
     if not files:
         raise SourceError(f"{url}: no such file or folder, or it is empty")
+    for name, info in files.items():
+        if info.get("size") is None:
+            raise SourceError(f"{url}: the size of {name} is not told, so that a part could be taken for it; copy it")
     return fs, files, root
 
 
@@ -69,37 +78,6 @@ def _versions(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
         name: (int(info["size"]), next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), ""))
         for name, info in sorted(files.items())
     }
-
-
-def _make_room(cache: Path, needed: int, url: str) -> None:
-    """Remove the data sets used longest ago until `needed` bytes fit, but none that was used since this run began."""
-    limit = int(float(os.environ.get("MEGASTAGE_REMOTE_CACHE_GB", LIMIT_GB)) * 1e9)
-    if needed > limit:
-        raise SourceError(
-            f"{url}: {needed / 1e9:.2f} GB do not fit the cache of {limit / 1e9:.2f} GB; raise "
-            "MEGASTAGE_REMOTE_CACHE_GB, or copy it to a local folder"
-        )
-    kept = sorted(cache.glob(f"{_KIND}-*"), key=_last_used)
-    sizes = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in kept}
-    for folder in kept:
-        if sum(sizes.values()) + needed <= limit:
-            return
-        if _last_used(folder) >= _STARTED:
-            break
-        shutil.rmtree(folder, ignore_errors=True)
-        del sizes[folder]
-    if sum(sizes.values()) + needed > limit:
-        raise SourceError(
-            f"{url}: {needed / 1e9:.2f} GB do not fit the cache of {limit / 1e9:.2f} GB beside the run's other "
-            "sources; raise MEGASTAGE_REMOTE_CACHE_GB"
-        )
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return (folder / _USED).stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _download(fs: Any, root: str, versions: dict[str, tuple[int, str]], folder: Path, url: str) -> None:
