@@ -125,8 +125,12 @@ def _choice_problems(cfg: Config) -> list[str]:
     if option not in ("default", "none"):
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
     problems += _validation_problems(cfg)
+    training = cfg.training
+    types = {training.dataset_type, *(stage.dataset_type for stage in training.data_stages)}
+    if training.is_written("live_text_mb") and "huggingface" not in types:
+        problems.append(f"training.live_text_mb = {training.live_text_mb}: no stage reads text; leave it out")
     parallel = cfg.parallelism
-    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
+    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part:
         problems.append(
             "parallelism.pipeline_parallel_split_points and parallelism.module_fqns_per_model_part: "
             "both set; keep one of them"
@@ -205,8 +209,22 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             "checkpoint.last_save_in_hf = true: Hugging Face weights hold no optimizer; set last_save_model_only = true"
             " too, or use checkpoint.export to have both"
         )
-    if table.create_seed_checkpoint and not table.enable:
-        problems.append("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
+    if table.initial_load_in_hf and table.initial_load_path is None and cfg.model.hf_assets_path is None:
+        problems.append(
+            "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path or model.hf_assets_path to the "
+            "folder that holds config.json and *.safetensors"
+        )
+    problems += [
+        f"checkpoint.{name} = {show(getattr(table, name))}: needs checkpoint.enable = true, without which the run "
+        "starts from scratch and saves nothing"
+        for name, off in (("create_seed_checkpoint", False), ("load_only", False), ("load_step", -1))
+        if getattr(table, name) != off and not table.enable
+    ]
+    if table.exclude_from_loading and not table.enable and table.initial_load_path is None:
+        problems.append(
+            f"checkpoint.exclude_from_loading = {show(table.exclude_from_loading)}: nothing is loaded; "
+            "set checkpoint.enable = true or checkpoint.initial_load_path"
+        )
     if table.create_seed_checkpoint and table.load_only:
         problems.append("checkpoint.create_seed_checkpoint and checkpoint.load_only: both set; keep one of them")
     used = table.last_save_model_only or table.export is not None

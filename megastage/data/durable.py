@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def fsync_path(path: Path) -> None:
@@ -15,6 +17,13 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def close_discarded(*files: BinaryIO) -> None:
+    """Close files that are about to be deleted. What a full disk does not take of them is of no interest any more."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

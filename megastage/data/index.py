@@ -20,6 +20,7 @@ from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank
 from megastage.data.data_stage import DataStage
 from megastage.data.doc_rule import DocRule, rule_of
 from megastage.data.lanes import LaneOrder
+from megastage.data.live_streams import LiveOrder
 from megastage.data.order import Order, make_order
 from megastage.data.packing import check_rule
 from megastage.data.sources.base import (
@@ -30,6 +31,7 @@ from megastage.data.sources.base import (
     open_source,
     without_building,
 )
+from megastage.data.sources.live import LiveText
 
 Spec = tuple[str, str]  # (dataset_type, path)
 Settings = Mapping[str, Mapping[str, Any]]  # by order key
@@ -325,6 +327,8 @@ def order_of(
     rules: Sequence[DocRule] = (),
 ) -> Order:
     """The sample order that fits a source: text by virtual streams, documents packed, token streams in lanes."""
+    if isinstance(source, LiveText):
+        return LiveOrder.make(source, settings)
     kind = "streams" if source.dataset_type == "huggingface" else "packed" if source.kind == "documents" else "lanes"
     return make_order(
         kind,

@@ -7,6 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,9 @@ END_OF_TEXT = "<|endoftext|>"
 # Asked in this order when no tokenizer_config.json names the end-of-document token.
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-# Of one call to the library: its encodings take some 30 bytes a character, and stay in the processor's cache.
+# Of one call to the library: its encodings take some 100 bytes a character, and stay in the cache this way.
 _CALL_CHARACTERS = 1 << 16
+_SPACES = " \u2581\u0120"  # as it is, SentencePiece's, that of byte-level vocabularies
 _ACCEPTED = "a tokenizer.json, a folder holding one, GPT-2 files (encoder.json + vocab.bpe) or a tokenizer.model"
 
 
@@ -39,6 +41,7 @@ class _Engine(Protocol):
     def decode(self, ids: list[int]) -> str: ...
     def vocabulary(self) -> dict[str, int]: ...
     def canonical(self) -> bytes: ...
+    def splits_words(self) -> bool: ...
 
 
 class Tokenizer:
@@ -64,10 +67,16 @@ class Tokenizer:
         """What a data set records of this tokenizer."""
         return TokenizerFacts(self.name, self.sha256, self.vocab_size)
 
-    @property
-    def splits_text(self) -> bool:
-        """Whether text is cut into words before the model sees it, so that long text can be encoded in parts."""
-        return isinstance(self._engine, _FastEngine) and self._engine.tokenizer.pre_tokenizer is not None
+    @cached_property
+    def ends_with_words(self) -> bool:
+        """Whether no token reaches from one word into the next, so that long text can be encoded in parts.
+
+        So it is where text is cut into words before the model sees it, or no entry of the vocabulary holds a space
+        behind another character: then no merge and no piece can cross one.
+        """
+        return self._engine.splits_words() or not any(
+            space in entry.lstrip(space) for entry in self._engine.vocabulary() for space in _SPACES
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64[n]; no special tokens are added."""
@@ -129,6 +138,9 @@ class _FastEngine:
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
+    def splits_words(self) -> bool:
+        return self.tokenizer.pre_tokenizer is not None
+
     def canonical(self) -> bytes:
         """What decides the tokens, the same however the file is laid out and whatever defaults a version adds."""
         content = json.loads(self.tokenizer.to_str())
@@ -169,6 +181,9 @@ class _SentencePieceEngine:
 
     def canonical(self) -> bytes:
         return self._content
+
+    def splits_words(self) -> bool:
+        return False
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, eos: str | None = None) -> Tokenizer:

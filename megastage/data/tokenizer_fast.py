@@ -26,6 +26,10 @@ _HARD = (
 )
 
 
+class EngineError(TokenizerError):
+    """The fast engine gave other tokens than the reference in the middle of a run."""
+
+
 class FastTokenizer(Tokenizer):
     """A `Tokenizer` that encodes with gigatoken; everything else is the reference's."""
 
@@ -46,13 +50,13 @@ class FastTokenizer(Tokenizer):
             raise TokenizerError(f"{reference.name}: gigatoken cannot take this tokenizer ({error})") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `Tokenizer.encode_batch`. Raises TokenizerError where a compared text has other tokens."""
+        """As `Tokenizer.encode_batch`. Raises EngineError where a compared text has other tokens."""
         encoded = self._encode(list(texts))
         spot = next((i for i, text in enumerate(texts) if 0 < len(text) <= _SPOT_CHARACTERS), None)
         if spot is not None:
             (expected,) = self.reference.encode_batch([texts[spot]])
             if not np.array_equal(encoded[spot], expected):
-                raise TokenizerError(
+                raise EngineError(
                     f"{self.name}: gigatoken gives other tokens than the tokenizers library for {texts[spot][:80]!r}; "
                     "run again with --engine hf"
                 )

@@ -79,6 +79,8 @@ def test_split_by_other_keys() -> None:
         ),
         3,
     ) == [range(1), range(1, 3)]
+    unset = parallel(pipeline_parallel_degree=2, module_fqns_per_model_part=[], pipeline_parallel_split_points=[])
+    assert pipeline_layers(unset, 4) == [range(2), range(2, 4)]
     assert sizes(
         pipeline_layers(parallel(pipeline_parallel_degree=3, pipeline_parallel_layers_per_stage=3), 8)
     ) == [3, 3, 2]  # fmt: skip

@@ -337,7 +337,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ),
     ('[validation]\ndataset_path = "/a"\ndataset_folders = ["/b"]', 1, ["validation.dataset_folders: both set"]),
     (
-        "[parallelism]\npipeline_parallel_degree = 2\nmodule_fqns_per_model_part = []\n"
+        "[parallelism]\npipeline_parallel_degree = 2\nmodule_fqns_per_model_part = [['norm']]\n"
         'pipeline_parallel_split_points = ["layers.3"]',
         2,
         ["parallelism.module_fqns_per_model_part: both set; keep one of them"],

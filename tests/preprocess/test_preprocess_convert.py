@@ -104,6 +104,42 @@ def test_verify_names_the_first_bad_page(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{folder / 'tokens.bin'}: page 0 (tokens 0 to 258)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "{data}", "{out}", "--to", "packed_memmap"],
+        ["convert", "{data}", "{out}", "--to", "nanoset"],
+        ["merge", "{sound}", "{data}", "--output", "{out}"],
+        ["pack", "{data}", "--seq-len", "64", "--output", "{out}"],
+    ],
+    ids=lambda command: "-".join(part for part in command if "{" not in part),
+)
+def test_damage_is_not_given_new_checksums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    sound, data = packed(tmp_path / "sound"), packed(tmp_path / "data")
+    content = bytearray((data / "tokens.bin").read_bytes())
+    content[100] ^= 4
+    (data / "tokens.bin").write_bytes(content)
+    assert main([part.format(data=data, sound=sound, out=tmp_path / "out") for part in command]) == 1
+    assert f"{data / 'tokens.bin'}: page 0" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"sound", "data"}
+
+
+def test_verify_looks_at_the_copy_of_the_tokenizer(
+    tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("the cat sat")
+    data = tmp_path / "data"
+    assert main([str(tmp_path / "in.txt"), "--tokenizer", str(bpe), "--output", str(data), "--workers", "1"]) == 0
+    assert main(["verify", str(data)]) == 0
+    content = json.loads((data / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
+    (data / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert main(["verify", str(data)]) == 1
+    assert f"{data / 'tokenizer.json'}: sha256 " in capsys.readouterr().err
+
+
 def test_inspect_counts_right(
     tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,38 @@ def test_unusable_arguments(
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in.parquet")
     assert run(bpe, tmp_path, *(a.replace("{tmp}", str(tmp_path)) for a in arguments)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_pipes_are_refused_and_links_to_outer_folders_left_out(
+    tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert run(bpe, tmp_path, str(tmp_path / "pipe.jsonl")) == 1
+    assert "pipe.jsonl: a pipe or device" in capsys.readouterr().err
+    inner = tmp_path / "tree" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "a.txt").write_text("once")
+    (inner / "back").symlink_to(tmp_path / "tree")
+    (inner / "self").symlink_to(".")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("linked")
+    (inner / "other").symlink_to(tmp_path / "elsewhere")
+    assert run(bpe, tmp_path, str(tmp_path / "tree")) == 0
+    assert "documents:           2 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_file_name_and_any_text_can_be_shown(tmp_path: Path, bpe: Path, encoding: str) -> None:
+    name = os.fsencode(tmp_path / "not utf-8 ") + b"\xff.jsonl"
+    with open(name, "wb") as stream:
+        stream.write('{"text": "Zürich 東京"}\nbroken\n'.encode())
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    command = [sys.executable, "-m", "megastage.preprocess"]
+    tokenize = [name, "--tokenizer", bpe, "--output", tmp_path / "out", "--workers", "1", "--skip-bad"]
+    for arguments, expected in ((tokenize, b"\\udcff.jsonl:2: not JSON"), (["inspect", tmp_path / "out"], b"rich ")):
+        result = subprocess.run([*command, *arguments], capture_output=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
 
 
 def test_a_tokenizer_without_end_of_document(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:

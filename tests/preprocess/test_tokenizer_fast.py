@@ -64,6 +64,25 @@ def test_another_token_during_the_run_is_an_error_that_says_what_to_do(bpe, monk
         fast.encode_batch(["late", "other"])
 
 
+def test_a_run_that_finds_another_token_is_done_again_with_the_reference(bpe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gigatoken", fake("late"))
+    monkeypatch.setattr("megastage.preprocess.pipeline.SAMPLE_CHARACTERS", 10)
+    monkeypatch.setattr("megastage.data.tokenizer_fast.SAMPLE_CHARACTERS", 10)
+    for name, text in (("a", "early enough to be looked at"), ("b", "late")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    arguments = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--tokenizer", str(bpe), "--workers", "1"]
+    monkeypatch.setattr("megastage.preprocess.inputs.MIN_PIECE_BYTES", 2)
+    assert main([*arguments, "--output", str(tmp_path / "hf"), "--engine", "hf"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(tmp_path / "auto")]) == 0
+    out = capsys.readouterr().out
+    assert "engine:              tokenizers (toy: gigatoken gives other tokens" in out
+    for file in (tmp_path / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / "auto" / file.name).read_bytes()
+    assert main([*arguments, "--output", str(tmp_path / "fast"), "--engine", "gigatoken"]) == 1
+    assert "run again with --engine hf" in capsys.readouterr().err
+
+
 def test_without_the_package_the_reference_is_taken(bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     reference = load_tokenizer(bpe)

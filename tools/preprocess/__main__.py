@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,15 +18,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 for input that cannot be used, 2 for wrong usage, 130 after Ctrl-C."""
     from .cli import parse
 
+    _print_anything()
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
         with _ended_by_interrupt():
             return options.run(options)
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: {_explained(error, options)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _print_anything() -> None:
+    """Characters that the terminal's encoding lacks are shown as escapes; file names and samples may hold any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _explained(error: OSError, options: Namespace) -> str:
+    """The file, what went wrong and the way out. An error of writing itself names no file: it is the output then."""
+    where = error.filename or getattr(options, "output", None)
+    way = {
+        errno.ENOSPC: "make room and run the same command again; pieces that are done are kept",
+        errno.EDQUOT: "make room and run the same command again; pieces that are done are kept",
+        errno.EFBIG: "files of that size are not allowed here; raise the limit or choose another disk",
+        errno.EROFS: "choose an output that can be written",
+        errno.EACCES: "choose another output, or ask for the right to use this one",
+        errno.EPERM: "choose another output, or ask for the right to use this one",
+    }.get(error.errno or 0)
+    what = f"{where}: {error.strerror}" if where is not None and error.strerror else str(error)
+    return f"{what}; {way}" if way else what
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ def _add_care(commands: Any) -> None:
     add = _command(commands, "inspect", "describe:run", "statistics, a histogram and decoded samples").add_argument
     add("path", metavar="DATA", help=known)
     add("--tokenizer", metavar="PATH", help="to decode with (default: the copy in the folder)")
-    add("--samples", type=int, default=3, metavar="N", help="documents to show (default: 3)")
-    add("--seed", type=int, default=0, help="which documents (default: 0)")
+    add("--samples", type=_natural, default=3, metavar="N", help="documents to show (default: 3)")
+    add("--seed", type=_natural, default=0, help="which documents (default: 0)")
     add("--histogram", metavar="PNG", help="also draw the document lengths (needs matplotlib)")
     add = _command(commands, "verify", "verify:run", "read everything and check every checksum and id").add_argument
     add("paths", nargs="+", metavar="DATA", help=known)
@@ -125,7 +125,7 @@ def _add_pack(commands: Any, known: str) -> None:
     add("--seq-len", type=_positive, nargs="+", required=True, metavar="N", help="tokens of a row; several to compare")
     add("--output", metavar="FOLDER", help="the rows to write (default: none, only the table)")
     add("--method", choices=("best-fit", "concatenate"), help="default: best-fit; both in a table alone")
-    add("--seed", type=int, default=1234, help="of the order by best fit: dataset_random_seed (default: 1234)")
+    add("--seed", type=_natural, default=1234, help="of the order by best fit: dataset_random_seed (default: 1234)")
     many = "input_ids with labels of the same positions (default), or inputs with labels of the next ones"
     add("--layout", choices=("input_ids", "inputs"), default="input_ids", help=many)
     add("--pad-id", type=int, metavar="ID", help="fill rows up with this token (default: rows end where they end)")
@@ -141,6 +141,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _cpus() -> int:

@@ -8,7 +8,7 @@ from argparse import Namespace
 from megastage.data.packed_memmap import TokenizerFacts
 from megastage.data.tokenizer import load_tokenizer
 
-from .datasets import WRITERS, DataError, TokenData, copy_documents, open_data
+from .datasets import WRITERS, DataError, TokenData, check_tokenizer, copy_documents, open_data
 from .progress import Progress
 
 
@@ -19,8 +19,7 @@ def convert(options: Namespace) -> int:
     tokenizer_json = source.tokenizer_json.read_bytes() if source.tokenizer_json else None
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
-        if facts is not None and facts.sha256 not in (None, tokenizer.sha256):
-            raise DataError(f"{options.tokenizer}: sha256 {tokenizer.sha256}, but {source.path} records {facts.sha256}")
+        check_tokenizer(source, tokenizer, options.tokenizer)
         facts, tokenizer_json = tokenizer.facts, tokenizer.to_json()
     _write([source], options, facts, tokenizer_json, source.eos_id, source.dtype)
     return 0
@@ -35,12 +34,18 @@ def merge(options: Namespace) -> int:
             mine, its = getattr(first, name), getattr(other, name)
             if mine != its:
                 raise DataError(
-                    f"{other.path}: {name} is {its}, but {first.path} has {mine}; only data of one tokenizer can be "
-                    "merged, so give each its own folder in dataset_folders"
+                    f"{other.path}: {name} is {_shown(its)}, but {first.path} has {_shown(mine)}; only data of one "
+                    "tokenizer can be merged, so give each its own folder in dataset_folders"
                 )
     tokenizer_json = first.tokenizer_json.read_bytes() if first.tokenizer_json else None
     _write(sources, options, first.tokenizer, tokenizer_json, first.eos_id, first.dtype)
     return 0
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, TokenizerFacts):
+        return "not recorded" if value is None else str(value)
+    return f"{value.name} (sha256 {value.sha256 or 'not recorded'}, {value.vocab_size or 'unknown'} entries)"
 
 
 def _write(

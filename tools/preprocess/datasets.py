@@ -13,6 +13,7 @@ from megastage.data import packed_memmap
 from megastage.data.packed_memmap import METADATA, TOKENIZER, PackedMemmapWriter, TokenizerFacts
 from megastage.data.sources.base import TokenSource, open_source
 from megastage.data.sources.nanoset import read_metadata
+from megastage.data.tokenizer import Tokenizer
 
 from . import megatron
 from .nanoset import UNKNOWN, NanosetWriter
@@ -131,6 +132,19 @@ def _documents(source: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first = int(ends[-1])
 
 
+def check_pages(data: TokenData, progress: Callable[[int], None] | None = None) -> None:
+    """Check the tokens against their checksums, where the format has any. Raises ValueError naming the bad page."""
+    if data.kind == "packed_memmap":
+        packed_memmap.verify(data.path, progress)
+
+
+def check_tokenizer(data: TokenData, tokenizer: Tokenizer, file: str | os.PathLike[str]) -> None:
+    """Raise DataError when the data set records another tokenizer than that of `file`."""
+    recorded = data.tokenizer.sha256 if data.tokenizer else None
+    if recorded not in (None, tokenizer.sha256):
+        raise DataError(f"{file}: sha256 {tokenizer.sha256}, but {data.path} records {recorded}; give that tokenizer")
+
+
 def common_end(source: TokenSource) -> int | None:
     """The token that ends every document, None when they differ or one document is all there is."""
     found: int | None = None
@@ -146,9 +160,13 @@ def common_end(source: TokenSource) -> int | None:
 
 
 def copy_documents(sources: list[TokenData], writer: Writer, progress: Callable[[int], None]) -> None:
-    """Write all documents of all sources in order, and finish the writer; on any error nothing is left behind."""
+    """Write all documents of all sources in order, and finish the writer; on any error nothing is left behind.
+
+    Checksums are checked first: the new ones would make damage look sound.
+    """
     try:
         for source in sources:
+            check_pages(source)
             for tokens, lengths in source.documents():
                 writer.extend(tokens, lengths)
                 progress(tokens.nbytes)

@@ -8,7 +8,7 @@ import numpy as np
 
 from megastage.data.tokenizer import Tokenizer, load_tokenizer
 
-from .datasets import DataError, TokenData, open_data
+from .datasets import DataError, TokenData, check_tokenizer, open_data
 
 _SHOWN_TOKENS = 96
 _BAR_WIDTH = 40
@@ -37,9 +37,7 @@ def _tokenizer(path: str | None, data: TokenData) -> Tokenizer | None:
     if path is None and data.tokenizer_json is None:
         return None
     tokenizer = load_tokenizer(path if path is not None else data.tokenizer_json or "")
-    recorded = data.tokenizer.sha256 if data.tokenizer else None
-    if recorded not in (None, tokenizer.sha256):
-        raise DataError(f"{path or data.tokenizer_json}: sha256 {tokenizer.sha256}, but {data.path} records {recorded}")
+    check_tokenizer(data, tokenizer, path or data.tokenizer_json or "")
     return tokenizer
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from megastage.data import long_text
 from megastage.data.tokenizer import Tokenizer
 
 from .inputs import Piece
@@ -14,12 +14,6 @@ from .readers import BadLine, Document, read_part
 from .shards import MAX_EXAMPLES, Settings, ShardFacts, ShardWriter
 
 BATCH_CHARACTERS = 1 << 20
-LONG_CHARACTERS = 1 << 20
-_WINDOW = 512
-_SEARCH_CHARACTERS = 1 << 14
-_TRIES = 32
-# Before a space between a letter or digit and a letter, or after a line break between two visible characters.
-_SEAMS = re.compile(r"(?<=[^\W_]) (?=[^\W\d_])|(?<=\S)\n(?=\S)")
 
 
 def encode_piece(piece: Piece, settings: Settings, tokenizer: Tokenizer, progress: Callable[[int], None]) -> ShardFacts:
@@ -37,7 +31,7 @@ def encode_piece(piece: Piece, settings: Settings, tokenizer: Tokenizer, progres
                         writer.facts.examples.append(f"{item.where}: {item.reason}")
                 elif isinstance(item, Document):
                     encoder.add_long(item.chunks)
-                elif len(item) > LONG_CHARACTERS:
+                elif len(item) > long_text.LONG_CHARACTERS:
                     encoder.add_long(iter((item,)))
                 else:
                     encoder.add(item)
@@ -83,8 +77,7 @@ class _Encoder:
     def add_long(self, chunks: Iterator[str]) -> None:
         self.flush()
         length = 0
-        for text in stretches(chunks, self._tokenizer):
-            self._writer.facts.text_bytes += len(text.encode())
+        for text in long_text.stretches(self._counted(chunks), self._tokenizer):
             ids = self._tokenizer.encode_batch([text])[0]
             self._writer.write(ids)
             length += ids.size
@@ -94,40 +87,7 @@ class _Encoder:
         self._writer.write(self._end)
         self._writer.end_documents([length + self._end.size])
 
-
-def stretches(chunks: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
-    """Cut long text where the tokens stay those of the whole, so that memory stays bounded.
-
-    Only tokenizers that cut text into words first are helped, and only between two words or lines where encoding the
-    surroundings in two parts was seen to give the tokens of the whole. Without such a place the text stays in one
-    piece.
-    """
-    held, start = "", 0
-    for chunk in chunks:
-        held, start = held[start:] + chunk, 0
-        while len(held) - start > 2 * LONG_CHARACTERS:
-            cut = _safe_cut(held, start, tokenizer) if tokenizer.splits_text else None
-            if cut is None:
-                yield "".join((held[start:], *chunks))
-                return
-            yield held[start:cut]
-            start = cut
-    if held[start:]:
-        yield held[start:]
-
-
-def _safe_cut(text: str, start: int, tokenizer: Tokenizer) -> int | None:
-    """A place to cut, looked for backwards from LONG_CHARACTERS after `start` over the last half of that."""
-    tries = 0
-    end, least = start + LONG_CHARACTERS, start + LONG_CHARACTERS // 2
-    while end > least and tries < _TRIES:
-        begin = max(least, end - _SEARCH_CHARACTERS)
-        for match in reversed(list(_SEAMS.finditer(text, begin, end))[-_TRIES:]):
-            cut = match.start() if match[0] == " " else match.end()
-            left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-            whole, *parts = tokenizer.encode_batch([left + right, left, right])
-            if np.array_equal(whole, np.concatenate(parts)):
-                return cut
-            tries += 1
-        end = begin
-    return None
+    def _counted(self, chunks: Iterator[str]) -> Iterator[str]:
+        for chunk in chunks:
+            self._writer.facts.text_bytes += len(chunk) if chunk.isascii() else len(chunk.encode())
+            yield chunk

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -90,10 +91,19 @@ def _expand(given: str) -> list[str]:
 
 def _walk(folder: str) -> Iterator[str]:
     for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(base, name))
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.join(base, name)
+
+
+def _leads_back(base: str, name: str) -> bool:
+    """Whether the folder is a link to one that it lies in, which would be searched without end."""
+    path = os.path.join(base, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(base)]) == target
 
 
 def _ending(path: str) -> tuple[str, str] | None:
@@ -112,6 +122,8 @@ def _describe(path: str, text_lines: bool) -> InputFile:
         raise InputError(f"{path}: unknown ending; accepted are {ACCEPTED}")
     try:
         facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise InputError(f"{path}: a pipe or device; text is read twice and in parts, so write it to a file first")
         with open(path, "rb"):
             pass
     except OSError as error:

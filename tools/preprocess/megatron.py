@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megastage.data.durable import fsync_path
+from megastage.data.durable import close_discarded, fsync_path
 from megastage.data.packed_memmap import TokenizerFacts, token_bytes
 from megastage.data.sources.megatron import DTYPES, HEADER, MAGIC
 
@@ -90,6 +90,6 @@ class MegatronWriter:
 
     def abort(self) -> None:
         """Drop what was written; earlier files of that name are untouched."""
-        self._tokens.close()
+        close_discarded(self._tokens)
         for file in self._temporary:
             file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megastage.data.durable import StagedFolder, fsync_path, write_atomically
+from megastage.data.durable import StagedFolder, close_discarded, fsync_path, write_atomically
 from megastage.data.packed_memmap import TOKENIZER, TokenizerFacts, token_bytes
 
 NAME = "tokens.ds"
@@ -83,8 +83,7 @@ class NanosetWriter:
 
     def abort(self) -> None:
         """Drop what was written; an earlier data set of that name is untouched."""
-        self._tokens.close()
-        self._index.close()
+        close_discarded(self._tokens, self._index)
         self._staged.discard()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from megastage.data.packing import PackedOrder
 from megastage.data.sources.base import IGNORED
 
-from .datasets import DataError, TokenData, open_data
+from .datasets import DataError, TokenData, check_pages, open_data
 from .progress import Progress
 from .rowfiles import RowWriter
 
@@ -70,6 +70,7 @@ def run(options: Namespace) -> int:
     limit = data.tokenizer.id_limit if data.tokenizer else 1 << 31
     if options.pad_id is not None and not 0 <= options.pad_id < min(limit, 1 << 31):
         raise DataError(f"--pad-id {options.pad_id}: outside the vocabulary, 0 .. {min(limit, 1 << 31) - 1}")
+    check_pages(data)
     note = f"{method} rows of {seq_len} tokens, seed {options.seed}, packed from {data.kind} by megastage-preprocess"
     progress = Progress(data.n_tokens, "pack")
     rows = 0

@@ -8,17 +8,17 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
 
-from megastage.data import packed_memmap
+from megastage.data import long_text, packed_memmap
 from megastage.data.durable import check_target
 from megastage.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, choose_engine
+from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, EngineError, choose_engine
 
 from . import nanoset
-from .encode import LONG_CHARACTERS
 from .inputs import InputError, InputFile, Part, Piece, find_files, plan_pieces
 from .nanoset import NanosetWriter
 from .pool import run_pieces
@@ -52,7 +52,14 @@ def run(options: Namespace) -> int:
             library_version=tokenizers.__version__,
             engine="hf" if encoder is tokenizer else "gigatoken",
         )
-        shards = _make_shards(pieces, settings, options.workers)
+        try:
+            shards = _make_shards(pieces, settings, options.workers)
+        except EngineError as error:
+            if options.engine != "auto":
+                raise
+            print(f"{error}: that is done now", flush=True)
+            settings, engine = replace(settings, engine="hf"), f"tokenizers ({error})"
+            shards = _make_shards(pieces, settings, options.workers)
         total = ShardFacts()
         for piece in pieces:
             total.add(shards[piece.index])
@@ -99,7 +106,8 @@ def _texts(part: Part, text_field: str, skip_bad: bool) -> Iterator[str]:
         elif isinstance(item, Document):
             yield from item.chunks
         else:
-            yield from (item[i : i + LONG_CHARACTERS] for i in range(0, len(item), LONG_CHARACTERS))
+            size = long_text.LONG_CHARACTERS
+            yield from (item[i : i + size] for i in range(0, len(item), size))
 
 
 def _eos_id(options: Namespace, tokenizer: Tokenizer) -> int | None:
@@ -191,7 +199,7 @@ def _summary(
 
 
 class _WorkFolder:
-    """`.NAME.work` beside the output, held by one process at a time; kept when the run does not finish."""
+    """`.NAME.work` beside the output, held by one process at a time; kept with finished pieces when the run fails."""
 
     def __init__(self, output: Path) -> None:
         output = Path(os.path.abspath(output))
@@ -213,4 +221,6 @@ class _WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
+        if not any(self.path.glob("*.json")):  # nothing to go on with
+            self.remove()
         self._lock.close()

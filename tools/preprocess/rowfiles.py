@@ -60,10 +60,17 @@ class RowWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close()
-        if kind is not None:
-            self._staged.discard()
-            return
+        complete = False
+        try:
+            self._close()
+            if kind is None:
+                self._finish()
+                complete = True
+        finally:
+            if not complete:
+                self._staged.discard()
+
+    def _finish(self) -> None:
         names = sorted(path.name for path in self._staged.path.iterdir())
         for name in names:
             fsync_path(self._staged.path / name)

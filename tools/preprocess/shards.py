@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megastage.data.durable import close_discarded
 from megastage.data.packed_memmap import token_dtype
 
 from .inputs import Piece
@@ -114,8 +115,7 @@ class ShardWriter:
         return self.facts
 
     def abort(self) -> None:
-        self._tokens.close()
-        self._lengths.close()
+        close_discarded(self._tokens, self._lengths)
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 

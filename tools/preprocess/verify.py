@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megastage.data import packed_memmap
+from megastage.data.tokenizer import load_tokenizer
 
-from .datasets import TokenData, open_data
+from .datasets import TokenData, check_pages, check_tokenizer, open_data
 from .progress import Progress
 
 
@@ -16,8 +16,10 @@ def run(options: Namespace) -> int:
         data = open_data(path)
         progress = Progress(data.token_bytes, "verify")
         try:
+            if data.tokenizer_json is not None:
+                check_tokenizer(data, load_tokenizer(data.tokenizer_json), data.tokenizer_json)
             if data.kind == "packed_memmap":
-                packed_memmap.verify(path, progress.add)
+                check_pages(data, progress.add)
                 checked = "every checksum and token id is right"
             else:
                 checked = f"sizes and index are right (it has no checksums), largest id {_largest(data, progress)}"
