@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a training job; returns the exit code: 0 done, 2 for input that can't be used, 1 for a run that broke."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.setup(rank)
+    if sys.__stderr__ is not None:  # a file that is cut short under its map ends the process by a signal: say where
+        faulthandler.enable(sys.__stderr__)
     job = None
     try:
         cfg = load_config(sys.argv[1:] if argv is None else argv, world_size)

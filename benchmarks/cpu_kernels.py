@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""The CPU path of fused linear cross-entropy and RMSNorm against PyTorch's own: prints time ratios (below 1 is faster).
+"""The CPU path of linear cross-entropy, RMSNorm and attention against PyTorch's own: time ratios, below 1 is faster.
 
     python benchmarks/cpu_kernels.py [--repeat 9]
 
-Ours and theirs alternate, and the best of the repetitions counts, so that a busy machine disturbs both alike.
+Shapes are rows x width, rows x width x vocabulary, and for attention tokens x documents (6 query heads on 2 key/value
+heads of 64). Ours and theirs alternate, and the best of the repetitions counts, so that a busy machine disturbs both
+alike.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megastage.kernels.flash_attention import attention
 from megastage.kernels.linear_cross_entropy import linear_cross_entropy
 from megastage.kernels.rms_norm import rms_norm
 
@@ -63,6 +66,25 @@ def cross_entropy_ways(N: int, D: int, V: int, dtype: torch.dtype) -> dict[str, 
     return ways
 
 
+def attention_ways(T: int, documents: int, dtype: torch.dtype) -> dict[str, Way]:
+    """Causal attention of one row in documents of even length; PyTorch gets a dense mask, or none for one document."""
+    heads, kv_heads, D = 6, 2, 64
+    q, k, v = (torch.randn(1, T, n, D, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    grad = torch.randn(1, T, heads, D, dtype=dtype)
+    ends = torch.arange(0, T + 1, T // documents, dtype=torch.int32)[None]
+    number = torch.arange(T) // (T // documents)
+    mask = (number[:, None] == number).tril()
+    options = {"is_causal": True} if documents == 1 else {"attn_mask": mask}
+
+    def theirs() -> object:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, enable_gqa=True, **options)
+        return torch.autograd.grad(out, (q, k, v), grad.transpose(1, 2))
+
+    name = "F.scaled_dot_product_attention" + (", dense mask" if documents > 1 else "")
+    return {"ours": lambda: torch.autograd.grad(attention(q, k, v, ends), (q, k, v), grad), name: theirs}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=9)
@@ -73,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         subjects += [
             ("linear cross-entropy", shape, cross_entropy_ways(*shape, dtype))
             for shape in ((2048, 384, 8192), (512, 256, 32768))
+        ]
+        subjects += [
+            ("attention", (2048, documents), attention_ways(2048, documents, dtype)) for documents in (1, 4, 16, 64)
         ]
         for op, shape, ways in subjects:
             times = best_ms(ways, options.repeat)

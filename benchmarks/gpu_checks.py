@@ -67,9 +67,8 @@ def definition(
     T, S, D, groups = q.shape[1], k.shape[1], q.shape[3], q.shape[2] // k.shape[2]
     query = torch.arange(T, device=q.device)[:, None] + q_offset
     key = torch.arange(S, device=q.device)[None, :]
-    document = torch.searchsorted(
-        cu[:, 1:].contiguous(), torch.arange(S, dtype=torch.int32, device=q.device).expand(2, S), right=True
-    )
+    positions = torch.arange(S, dtype=torch.int32, device=q.device).expand(2, S).contiguous()
+    document = torch.searchsorted(cu[:, 1:].contiguous(), positions, right=True)
     seen = document[:, q_offset : q_offset + T, None] == document[:, None, :]
     if causal:
         seen = seen & (query >= key)

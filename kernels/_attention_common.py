@@ -142,8 +142,10 @@ def load_block(DESC, row, head, stride_head, ROWS: tl.constexpr, D: tl.constexpr
     """Rows [row, row + ROWS) of one head by TMA descriptor, as [ROWS, BLOCK_D]."""
     if D < BLOCK_D:
         # a dimension of its own for the head: what lies behind its D columns is never read, and comes as 0
-        return DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
-    return DESC.load([row, head * stride_head])
+        tile = DESC.load([row, head, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        tile = DESC.load([row, head * stride_head])
+    return tile
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def _shared(geometry: Geometry, q: Tensor, tiles: tuning.Tiles) -> dict:
 def _streamed(first: Tensor, second: Tensor, tma: bool) -> tuple[Tensor, Tensor]:
     """The two tensors that a main loop reads, as `_readable`; for TMA with equally many rows per batch element."""
     first, second = _readable(first, tma), _readable(second, tma)
-    if tma and first.stride(0) // first.stride(1) != second.stride(0) // second.stride(1):
+    if tma and first.shape[0] > 1 and first.stride(0) // first.stride(1) != second.stride(0) // second.stride(1):
         first, second = _copy(first), _copy(second)
     return first, second
 
@@ -150,10 +150,12 @@ def _readable(x: Tensor, tma: bool = False) -> Tensor:
 
 
 def _is_matrix(x: Tensor) -> bool:
-    """Whether all heads of a token lie in one row, and rows go on evenly from one batch element to the next."""
+    """Whether all heads of a token lie in one row, and rows go on evenly from one batch element to the next: a
+    descriptor asks for strides that cover the dimension below and are multiples of its stride."""
     B, _, heads, D = x.shape
     batch, row, head, _ = x.stride()
-    return row > 0 and (heads - 1) * head + D <= row and (heads == 1 or head >= D) and (B == 1 or batch % row == 0)
+    in_one_row = (heads - 1) * head + D <= row and (heads == 1 or (head >= D and row % head == 0))
+    return in_one_row and (B == 1 or batch % row == 0)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -178,9 +180,8 @@ def _descriptors(tensors: tuple[Tensor, Tensor], rows: int, tma: bool) -> list[T
         if padded(D) == D:
             found.append(TensorDescriptor(x, [height, (heads - 1) * head + D], [row, 1], [rows, D]))
         else:
-            found.append(
-                TensorDescriptor(x, [height, heads, D], [row, head if heads > 1 else row, 1], [rows, 1, padded(D)])
-            )
+            step = head if heads > 1 else row
+            found.append(TensorDescriptor(x, [height, heads, D], [row, step, 1], [rows, 1, padded(D)]))
     return found
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from megastage.kernels._attention_reference import Geometry
+from megastage.kernels._attention_tuning import KERNELS
 from megastage.kernels.registry import GateCase
+from megastage.kernels.tuning import table
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FAST_HEAD_DIMS = (64, 128)
@@ -25,11 +27,12 @@ MASKS = ("causal", "documents", "full", "window", "offset")
 def gate_cases(arch: str) -> list[GateCase]:
     """Every head dimension in bf16 with grouped heads first (the figures that count), then what may compile to other
     code: other heads, lengths and layouts, softcap, sink, fp16 and, without speed rules, fp32."""
-    return [*_plain_cases(), *_other_cases()]
+    return [*_plain_cases(arch), *_other_cases()]
 
 
-def _plain_cases() -> Iterator[GateCase]:
-    for D in HEAD_DIMS:
+def _plain_cases(arch: str) -> Iterator[GateCase]:
+    measured = {D for kernel in KERNELS for D in table.dims(f"attention_{kernel}", arch)}
+    for D in sorted({*HEAD_DIMS, *measured}):
         yield GateCase(f"bf16 D{D}", partial(run, D=D), fast=D in FAST_HEAD_DIMS)
 
 
@@ -37,20 +40,19 @@ def _other_cases() -> Iterator[GateCase]:
     def case(name: str, exact: bool = False, **arguments: Any) -> GateCase:
         return GateCase(name, partial(run, **arguments), fast=False, exact=exact)
 
-    for D in FAST_HEAD_DIMS:
-        for heads in ("MHA", "MQA", "one head"):
-            yield case(f"bf16 D{D} {heads}", D=D, heads=heads)
-        yield case(f"bf16 D{D} odd length", D=D, tokens=TOKENS + 1)
-        yield case(f"bf16 D{D} one token", D=D, tokens=1)
-        yield case(f"bf16 D{D} fused", D=D, layout="fused")
-        yield case(f"bf16 D{D} heads first", D=D, layout="heads first")
-        yield case(f"bf16 D{D} far apart", D=D, layout="far apart")
-    yield case("bf16 D72", D=72)  # head offsets that are no multiple of 16 elements
-    yield case("bf16 D100", D=100)  # rows that no descriptor and no wide load can read
+    yield case("bf16 D64 MHA", D=64, heads="MHA")
+    for heads in ("MHA", "MQA", "one head"):
+        yield case(f"bf16 D128 {heads}", D=128, heads=heads)
+    yield case("bf16 D128 odd length", D=128, tokens=TOKENS + 1)
+    yield case("bf16 D128 one token", D=128, tokens=1)
+    for layout in ("fused", "heads first", "far apart"):
+        yield case(f"bf16 D128 {layout}", D=128, layout=layout)
+    for D in (32, 72, 100, 192):  # below the table's smallest; copied to wider rows; padded to 256
+        yield case(f"bf16 D{D}", D=D)
     yield case("bf16 D128 softcap", D=128, softcap=30.0)
     yield case("bf16 D128 sink", D=128, sink=True)
-    for D in (64, 128, 256):
-        yield case(f"fp16 D{D}", D=D, dtype=torch.float16)
+    yield case("fp16 D128", D=128, dtype=torch.float16)
+    for D in (64, 128):
         yield case(f"fp32 D{D}", D=D, dtype=torch.float32, exact=True)
 
 

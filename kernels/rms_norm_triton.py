@@ -3,7 +3,7 @@ statistics never leave registers and memory is read and written once; the weight
 a program's rows and then over programs, in a fixed order.
 
 WIDE is the type of the arithmetic: fp32, and fp64 for fp32 rows and short ones (`statistics_dtype`). The pass is bound
-by memory either way."""
+by memory either way. Between it and storage values pass through fp32, as bf16 converts to and from nothing else."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def rms_norm_forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     inside = (rows < N)[:, None] & (cols < D)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], inside, 0.0).to(WIDE)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], inside, 0.0).to(tl.float32).to(WIDE)
     dense = rows[:, None] * D + cols[None, :]
     if ADD:
         residual = tl.load(residual_ptr + rows[:, None] * residual_stride + cols[None, :], inside, 0.0)
-        total = (x + residual.to(WIDE)).to(total_ptr.dtype.element_ty)
+        total = (x + residual.to(tl.float32).to(WIDE)).to(tl.float32).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + dense, total, inside)
-        x = total.to(WIDE)  # normalise what was stored: backward sees the same numbers
+        x = total.to(tl.float32).to(WIDE)  # normalise what was stored: backward sees the same numbers
     mean = tl.sum(x * x, 1) / D + eps
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         rstd = 1.0 / tl.sqrt(mean)
     else:
         rstd = 1.0 / tl.sqrt_rn(mean)
-    weight = tl.load(weight_ptr + cols, cols < D, 0.0).to(WIDE)
+    weight = tl.load(weight_ptr + cols, cols < D, 0.0).to(tl.float32).to(WIDE)
     out = x * rstd[:, None] * weight[None, :]
-    tl.store(out_ptr + dense, out.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + dense, out.to(tl.float32).to(out_ptr.dtype.element_ty), inside)
     tl.store(rstd_ptr + rows, rstd, rows < N)
 
 
@@ -57,13 +57,13 @@ def rms_norm_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + cols, cols < D, 0.0).to(WIDE)
+    weight = tl.load(weight_ptr + cols, cols < D, 0.0).to(tl.float32).to(WIDE)
     grad_weight = tl.zeros([ROWS, BLOCK], WIDE)
     for tile in range(tiles_per_program):
         rows = (program * tiles_per_program + tile) * ROWS + tl.arange(0, ROWS)
         inside = (rows < N)[:, None] & (cols < D)[None, :]
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], inside, 0.0).to(WIDE)
-        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], inside, 0.0).to(WIDE)
+        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + cols[None, :], inside, 0.0).to(tl.float32).to(WIDE)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], inside, 0.0).to(tl.float32).to(WIDE)
         rstd = tl.load(rstd_ptr + rows, rows < N, 0.0)
         normed = x * rstd[:, None]
         grad_weight += grad * normed
@@ -72,8 +72,12 @@ def rms_norm_backward_kernel(
         grad_x = (grad - normed * mean[:, None]) * rstd[:, None]
         if ADD:
             offsets = rows[:, None] * grad_total_stride + cols[None, :]
-            grad_x += tl.load(grad_total_ptr + offsets, inside, 0.0).to(WIDE)
-        tl.store(grad_x_ptr + rows[:, None] * D + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), inside)
+            grad_x += tl.load(grad_total_ptr + offsets, inside, 0.0).to(tl.float32).to(WIDE)
+        tl.store(
+            grad_x_ptr + rows[:, None] * D + cols[None, :],
+            grad_x.to(tl.float32).to(grad_x_ptr.dtype.element_ty),
+            inside,
+        )
     tl.store(partial_ptr + program * D + cols, tl.sum(grad_weight, 0), cols < D)
 
 

@@ -35,6 +35,13 @@ def allow_for(stages: Iterable[Stage], n_layers: int) -> None:
     settings.automatic_dynamic_shapes = False
 
 
+def require_backend(name: str) -> None:
+    """Raise ValueError for a compile.backend that torch does not have."""
+    if name not in torch._dynamo.list_backends(exclude_tags=()):
+        useful = ", ".join(torch._dynamo.list_backends())
+        raise ValueError(f'compile.backend = "{name}": torch has no such back end; use one of {useful}')
+
+
 def apply(cfg: Config, part: ModelPart, stage: Stage) -> None:
     """Compile the parts that compile.components names; call again at a stage boundary, after `recompute.apply`."""
     table = cfg.compile

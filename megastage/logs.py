@@ -64,8 +64,11 @@ class Progress:
     """A bar over the steps of the run on a terminal; nothing when output is piped or on other ranks."""
 
     def __init__(self, done: int, total: int, *, enabled: bool) -> None:
-        show = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False) if show else None
+        self.bar: tqdm[Any] | None = None
+        if enabled and sys.stderr.isatty():
+            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # `script` and the like have no size
+            width = {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 24}
+            self.bar = tqdm(total=total, initial=done, unit="step", leave=False, **width)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and stage."""

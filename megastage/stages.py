@@ -88,24 +88,25 @@ def plan_text(stages: Sequence[Stage], extra_lines: Callable[[Stage], list[str]]
 
 
 def _plan_lines(stage: Stage) -> list[str]:
-    """The lines of one stage; one about a key that the stage makes no use of is left out."""
+    """The lines of one stage; one about a key that the stage makes no use of is left out.
+
+    The documented lines come first, in fixed words ("1 steps" too): they are what programs read.
+    """
     if stage.never_runs:
         end = "end" if stage.declared_end_step is None else f"{stage.declared_end_step:,}"
         span = f"{stage.start_step:,} -> {end} (never runs)"
     else:
-        unit = "step" if stage.steps == 1 else "steps"
-        span = f"{stage.start_step:,} -> {stage.end_step:,} ({stage.steps:,} {unit})"
+        span = f"{stage.start_step:,} -> {stage.end_step:,} ({stage.steps:,} steps)"
     lines = [f"Steps: {span}", f"Estimated tokens: {stage.tokens / 1e9:.2f}B tokens"]
+    lines.append(f"Dataset type: {stage.dataset_type}")
+    if stage.dataset_folders:
+        lines.append(f"Dataset folders: {len(stage.dataset_folders)} folders")
+        lines.append(f"Weights: {_shares(stage.shares)}")
+    lines.append(f"Sequence length: {stage.seq_len}")
     if stage.dataset is not None:
         lines.append(f"Dataset: {stage.dataset}")
     if stage.dataset_path is not None:
         lines.append(f"Dataset path: {stage.dataset_path}")
-    lines.append(f"Dataset type: {stage.dataset_type}")
-    if stage.dataset_folders:
-        count = len(stage.dataset_folders)
-        lines.append(f"Dataset folders: {count} {'folder' if count == 1 else 'folders'}")
-        lines.append(f"Weights: {_shares(stage.shares)}")
-    lines.append(f"Sequence length: {stage.seq_len}")
     return lines
 
 
@@ -114,7 +115,12 @@ def stage_notes(stage: Stage) -> list[str]:
     ranks = f"{stage.data_ranks} data rank{'' if stage.data_ranks == 1 else 's'}"
     batch = f"{stage.global_batch_size:,} rows = {ranks} x {stage.micro_batches} micro-batches of"
     tokens = f"Tokens per step: {stage.tokens_per_step:,} ({batch} {stage.micro_batch_size})"
-    return [tokens, *_documents(stage), *(f"Note: {note}" for note in stage.notes)]
+    attention = (
+        "Attention: within documents, where positions restart (document_mask = true; older trainers have false)"
+        if stage.document_mask
+        else "Attention: over whole rows (document_mask = false)"
+    )
+    return [tokens, attention, *_documents(stage), *(f"Note: {note}" for note in stage.notes)]
 
 
 def _documents(stage: Stage) -> list[str]:

@@ -58,6 +58,8 @@ def prepare(cfg: Config, rt: Runtime) -> Parts:
     Raises ValueError (on every rank) for input that can't be used.
     """
     runtime.make_writable(cfg.job.dump_folder, "job.dump_folder", rt.is_main)
+    if cfg.compile.enable:
+        compiling.require_backend(cfg.compile.backend)
     layout = resolve_layout(cfg, rt.world_size)
     tokenizer = open_tokenizer(cfg)
     model_cfg = with_vocabulary(cfg, model_config(cfg), tokenizer)
@@ -173,6 +175,7 @@ def source_options(cfg: Config, tokenizer: Tokenizer | None) -> SourceOptions:
         eos_id=None if tokenizer is None else tokenizer.eos_id,
         tokenizer=tokenizer,
         cache_folder=Path(cfg.job.dump_folder) / "cache",
+        live_bytes=cfg.training.live_text_mb * 1_000_000,
     )
 
 
@@ -236,10 +239,10 @@ def log_plan(cfg: Config, rt: Runtime, parts: Parts) -> None:
     log.info(plan_text(parts.stages, lambda stage: [*stage_notes(stage), *parts.data.plan_lines(stage)]))
     if cfg.job.print_config:
         log.info("%s", cfg.model_dump_json(indent=2))
-    folder = Path(cfg.job.dump_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = Path(cfg.job.dump_folder) / (cfg.job.save_config_file or "config.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
     resolved = {"config": cfg.model_dump(mode="json"), "stages": [record(stage) for stage in parts.stages]}
-    (folder / (cfg.job.save_config_file or "config.json")).write_text(json.dumps(resolved, indent=2) + "\n")
+    target.write_text(json.dumps(resolved, indent=2) + "\n")
 
 
 def count_parameters(parts: Parts) -> int:

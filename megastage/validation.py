@@ -56,7 +56,8 @@ class Validator:
         sums = torch.zeros(len(self.sources), 2, dtype=torch.float64, device=self.rt.device)
         counts = mesh.tp_rank == 0 and mesh.pp_rank == mesh.layout.pp - 1
         for number, source in enumerate(self.sources):
-            total = -(-count_rows(source, table.seq_len) // (table.local_batch_size * ranks))
+            rows = table.local_batch_size * ranks
+            total = -(-count_rows(source, table.seq_len, None if table.steps == -1 else table.steps * rows) // rows)
             batches = total if table.steps == -1 else min(table.steps, total)
             for batch in self._batches(number, batches, rank, ranks):
                 local = context.shard(batch.to(self.rt.device))
@@ -120,25 +121,27 @@ class Validator:
         return total
 
 
-def count_rows(source: TokenSource, seq_len: int) -> int:
-    """Rows that the source fills, the last one perhaps in part; its very last token is a label only."""
-    return -(-(source.n_tokens - 1) // seq_len)
+def count_rows(source: TokenSource, seq_len: int, wanted: int | None = None) -> int:
+    """Rows that the source fills, the last one perhaps in part; its very last token is a label only.
+
+    wanted: no more need be counted where that means tokenizing text.
+    """
+    return -(-(source.reach(None if wanted is None else wanted * seq_len + 1) - 1) // seq_len)
 
 
 def read_rows(
     source: TokenSource, first: int, rows: int, seq_len: int, *, document_mask: bool, vocab_size: int | None
 ) -> Batch:
     """Rows first .. first+rows-1 of the source in reading order; rows past its end have no valid label."""
-    total = count_rows(source, seq_len)
+    n_tokens = source.reach((first + rows) * seq_len + 1)
+    total = count_rows(source, seq_len, first + rows)
     numbers = np.arange(first, first + rows)
     starts, lengths, offsets = [], [], [0]
     for row in np.where(numbers < total, numbers, 0).tolist():
-        start, stop = row * seq_len, min((row + 1) * seq_len, source.n_tokens - 1)
+        start, stop = row * seq_len, min((row + 1) * seq_len, n_tokens - 1)
         bounds = np.array([start, stop])
         if source.kind == "documents":
-            ends = source.doc_ends
-            inside = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
-            bounds = np.union1d(bounds, inside.astype(np.int64))
+            bounds = np.union1d(bounds, source.units_within(start, stop))
         starts.append(bounds[:-1])
         lengths.append(np.diff(bounds))
         offsets.append(offsets[-1] + len(bounds) - 1)

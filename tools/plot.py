@@ -17,7 +17,8 @@ def read(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.exists():
         raise SystemExit(f"{path}: not found; give a run's dump folder or its metrics.jsonl")
-    records = [record for record in map(json.loads, path.read_text().splitlines()) if record["loss"] is not None]
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # a kill may cut one
+    records = [record for record in map(json.loads, lines) if record["loss"] is not None]
     if not records:
         raise SystemExit(f"{path}: holds no losses yet")
     return records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 
 from megastage.config.errors import show
 from megastage.config.fields import all_keys
@@ -41,7 +42,9 @@ def static_problems(cfg: Config) -> list[str]:
 
 def _problems(cfg: Config, layout: Layout | None) -> list[str]:
     model, found = model_problems(cfg)
-    stages, of_stages = stage_problems(cfg, layout)
+    # what -1 stands for lies in the checkpoint that the run goes on from: batches are checked once that is read
+    settled_later = cfg.training.global_batch_size == -1 and _goes_on(cfg)
+    stages, of_stages = stage_problems(cfg, None if settled_later else layout)
     problems = [*found, *of_stages, *_other_problems(cfg)]
     if model is not None:
         problems += _split_problems(cfg, model, stages)
@@ -73,6 +76,14 @@ def _empty_strings(cfg: Config) -> list[str]:
         if info.annotation is str and info.default != "" and ".N." not in path and path not in _MAY_BE_EMPTY
         if cfg.is_set(path) and cfg.value(path) == ""
     ]
+
+
+def _goes_on(cfg: Config) -> bool:
+    """Whether there is something that looks like a checkpoint with a train state to go on from."""
+    table = cfg.checkpoint
+    if table.initial_load_path is not None and not table.initial_load_model_only:
+        return True
+    return table.enable and any(Path(cfg.job.dump_folder, table.folder).glob("step-*"))
 
 
 def _schedule_problems(cfg: Config) -> list[str]:
@@ -125,8 +136,12 @@ def _choice_problems(cfg: Config) -> list[str]:
     if option not in ("default", "none"):
         problems.append(f'activation_checkpoint.determinism_check = {show(option)}: must be "default" or "none"')
     problems += _validation_problems(cfg)
+    training = cfg.training
+    types = {training.dataset_type, *(stage.dataset_type for stage in training.data_stages)}
+    if training.is_written("live_text_mb") and "huggingface" not in types:
+        problems.append(f"training.live_text_mb = {training.live_text_mb}: no stage reads text; leave it out")
     parallel = cfg.parallelism
-    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part is not None:
+    if parallel.pipeline_parallel_split_points and parallel.module_fqns_per_model_part:
         problems.append(
             "parallelism.pipeline_parallel_split_points and parallelism.module_fqns_per_model_part: "
             "both set; keep one of them"
@@ -205,8 +220,22 @@ def _checkpoint_problems(cfg: Config) -> list[str]:
             "checkpoint.last_save_in_hf = true: Hugging Face weights hold no optimizer; set last_save_model_only = true"
             " too, or use checkpoint.export to have both"
         )
-    if table.create_seed_checkpoint and not table.enable:
-        problems.append("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
+    if table.initial_load_in_hf and table.initial_load_path is None and cfg.model.hf_assets_path is None:
+        problems.append(
+            "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path or model.hf_assets_path to the "
+            "folder that holds config.json and *.safetensors"
+        )
+    problems += [
+        f"checkpoint.{name} = {show(getattr(table, name))}: needs checkpoint.enable = true, without which the run "
+        "starts from scratch and saves nothing"
+        for name, off in (("create_seed_checkpoint", False), ("load_only", False), ("load_step", -1))
+        if getattr(table, name) != off and not table.enable
+    ]
+    if table.exclude_from_loading and not table.enable and table.initial_load_path is None:
+        problems.append(
+            f"checkpoint.exclude_from_loading = {show(table.exclude_from_loading)}: nothing is loaded; "
+            "set checkpoint.enable = true or checkpoint.initial_load_path"
+        )
     if table.create_seed_checkpoint and table.load_only:
         problems.append("checkpoint.create_seed_checkpoint and checkpoint.load_only: both set; keep one of them")
     used = table.last_save_model_only or table.export is not None

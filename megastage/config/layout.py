@@ -74,7 +74,7 @@ def pipeline_layers(cfg: Config, n_layers: int) -> list[range]:
     parts = parallel.pipeline_parallel_degree
     if parallel.pipeline_parallel_split_points:
         return _from_split_points(parallel.pipeline_parallel_split_points, parts, n_layers)
-    if parallel.module_fqns_per_model_part is not None:
+    if parallel.module_fqns_per_model_part:
         return _from_module_names(parallel.module_fqns_per_model_part, parts, n_layers)
     if parts == 1:
         return [range(n_layers)]

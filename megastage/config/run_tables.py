@@ -59,7 +59,7 @@ class Parallelism(Section):
     enable_compiled_autograd: bool = key(False, "Compile the backward graph")
     pipeline_parallel_degree: int = key(1, "Ranks the layers are spread over", ge=1)
     pipeline_parallel_split_points: Strings = key((), 'First layer of each later part, e.g. ["layers.8"]')
-    module_fqns_per_model_part: StringLists | None = key(None, "Module names of each part")
+    module_fqns_per_model_part: StringLists | None = key(None, "Module names of each part; empty: as unset")
     pipeline_parallel_first_stage_less_layers: int = key(1, "Layers the embedding counts for", ge=0)
     pipeline_parallel_last_stage_less_layers: int = key(1, "Layers the output head counts for", ge=0)
     pipeline_parallel_layers_per_stage: int | None = key(None, "Layers per part", ge=1)

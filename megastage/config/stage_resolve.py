@@ -191,13 +191,22 @@ def _with_batches(
                 f"but a 1F1B pipeline of {layout.pp} parts needs at least {layout.pp}; raise global_batch_size to "
                 f"{ranks * micro * layout.pp}, or lower pipeline_parallel_microbatch_size"
             )
-        if layout.pp > 1 and span.table is not None and span.table.local_batch_size is not None:
+        if layout.pp > 1 and _local_is_unused(cfg, span):
             note = f"local_batch_size is not used by a pipeline, whose micro-batches have {what} = {micro} rows"
             stage = replace(stage, notes=(*stage.notes, note))
         result.append(
             replace(stage, global_batch_size=rows, data_ranks=ranks, micro_batch_size=micro, micro_batches=count)
         )
     return result
+
+
+def _local_is_unused(cfg: Config, span: Span) -> bool:
+    """Whether a local_batch_size that somebody wrote has no part in a pipelined stage's batch."""
+    settles_global = cfg.training.global_batch_size == -1  # that of the first stage does
+    own = span.table is not None and span.table.local_batch_size is not None
+    if own:
+        return not (settles_global and span.start_step == 0)
+    return cfg.training.is_written("local_batch_size") and not settles_global
 
 
 def _does_not_divide(cfg: Config, span: Span, rows: int, ranks: int, micro: int, what: str) -> str:

@@ -138,6 +138,7 @@ class Training(Section):
     min_doc_len: int = key(0, "Tokens below which a document is not read; 0: all are", ge=0)
     long_doc_len: int = key(0, "Tokens from which on a document is long; 0: no two kinds", ge=0)
     long_doc_share: FiniteFloat | None = key(None, "Share of rows made of long documents", ge=0, le=1)
+    live_text_mb: int = key(256, "MB on disk above which text is tokenized while it is read, not before", ge=0)
     superblock_tokens: int | None = key(None, "Tokens of a shuffled block of a token stream; unset: chosen", ge=1)
     local_batch_size: int = key(8, "Rows per data rank and accumulation step", ge=1, le=MAX_COUNT)
     global_batch_size: int = key(

@@ -201,7 +201,7 @@ def _read_tokens(sources: Sequence[TokenSource], pieces: _Pieces, tokens: np.nda
     triples = zip(pieces.source.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), pieces.at.tolist())
     for p, (number, start, length, at) in enumerate(triples):
         source = sources[number]
-        if start + length < source.n_tokens:
+        if start + length < source.readable_to(start):
             read = source.read(start, start + length + 1)
             tokens[at : at + length] = read[:length]
             last_label[p] = read[length]
@@ -235,9 +235,7 @@ def _document_joints(sources: Sequence[TokenSource], pieces: _Pieces) -> tuple[n
         source = sources[number]
         if source.kind == "documents":
             mine = pieces.of(number)
-            ends, stops = source.doc_ends, pieces.starts[mine] + pieces.lengths[mine]
-            stops = stops.astype(ends.dtype)
-            ended[mine] = ends[np.searchsorted(ends, stops)] == stops
+            ended[mine] = source.end_units(pieces.starts[mine] + pieces.lengths[mine])
     return ended, np.append(pieces.row[1:] == pieces.row[:-1], False)
 
 

@@ -31,6 +31,11 @@ def _numba() -> Any:
     return numba
 
 
+def available() -> bool:
+    """Whether loops can be compiled. Imports numba."""
+    return _numba() is not None
+
+
 def compile_loop(function: Callable[..., Any], *, nogil: bool = False) -> Callable[..., Any] | None:
     """`function` compiled at its first call (and cached on disk), or None without numba."""
     numba = _numba()

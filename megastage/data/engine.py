@@ -15,7 +15,7 @@ from megastage.data.loader import Prefetcher
 from megastage.data.plan import Plan, Planner
 from megastage.data.report import plan_lines
 from megastage.data.sources.base import SourceOptions
-from megastage.data.state import StageRecord, check_frozen, from_json, record_of, to_json
+from megastage.data.state import StageRecord, check_frozen, from_json, note_epochs, record_of, to_json
 
 
 class DataEngine:
@@ -47,7 +47,6 @@ class DataEngine:
             pin=self._pin,
         )
         self._stage: DataStage | None = None
-        self._planner: Planner | None = None
         self._loader: Prefetcher[Plan, Batch] | None = None
         self._digest = ""
 
@@ -115,7 +114,8 @@ class DataEngine:
             self._records.append(record_of(stage, self.index))
         *before, record = self._records
         self._stage, self._slice = stage, (rows * data_rank // data_ranks, rows * (data_rank + 1) // data_ranks)
-        self._planner = planner = Planner(self.index, before, record)
+        planner = Planner(self.index, before, record)
+        record.skipped_tokens = planner.skipped_tokens
         first = record.samples
         self._loader = Prefetcher(
             lambda number: planner.plan(first + number * rows, first + (number + 1) * rows),
@@ -128,7 +128,9 @@ class DataEngine:
         """This rank's rows of the next global batch. Errors of the data name their source."""
         assert self._loader is not None, "enter a stage first"
         plan, batch = self._loader.next()
-        self._records[-1].samples = plan.start + len(plan.source)
+        record = self._records[-1]
+        record.samples = plan.start + len(plan.source)
+        record.marks.update(plan.marks)
         self._digest = plan.digest
         return batch
 
@@ -159,7 +161,7 @@ class DataEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: the position behind the last batch handed out, whatever was read ahead; equal on every rank."""
-        self._mark()
+        note_epochs(self._records, self.index)
         return to_json(self._records, self.index)
 
     def plan_lines(self, stage: DataStage) -> list[str]:
@@ -169,19 +171,14 @@ class DataEngine:
     def close(self) -> None:
         """Stop the reading threads. Safe to call twice."""
         self._leave()
+        for source in self.index.sources.values():
+            source.close()
 
     def _leave(self) -> None:
         if self._loader is not None:
-            self._mark()
+            note_epochs(self._records, self.index)
             self._loader.close()
-        self._loader = self._planner = self._stage = None
-
-    def _mark(self) -> None:
-        """Note in the record where the rows of each source end, so that going on needs no search, and its epochs."""
-        if self._planner is not None and self._loader is not None:
-            planner, record = self._planner, self._records[-1]
-            record.marks = self._loader.run(lambda: planner.marks(record.samples))
-            record.epochs, record.skipped_tokens = self._loader.run(lambda: planner.progress(record.samples))
+        self._loader = self._stage = None
 
     def _read(self, plan: Plan) -> Batch:
         assert self._stage is not None

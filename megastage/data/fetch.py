@@ -31,7 +31,7 @@ class RowTools:
         """With compiled loops, ready for these sources, when batches are large enough to be worth it."""
         kernels = row_kernels() if batch_tokens >= COMPILE_FROM else None
         if kernels is not None:
-            warm(kernels, {source.flat_parts[0].tokens.dtype for source in sources if source.flat_parts})
+            warm(kernels, {source.flat_dtype for source in sources if source.flat_dtype is not None})
         return cls(BufferPool(pin=pin), kernels)
 
     def scratch(self, name: str, n: int, dtype: Any = np.int64) -> np.ndarray:
@@ -69,13 +69,14 @@ def fill_compiled(
     limit = np.uint64(_NO_LIMIT if vocab_size is None else vocab_size)
     for number in [0] if len(sources) == 1 else np.unique(source_B).tolist():
         source = sources[number]
-        touched = _touched(source, source_B == number, offsets, starts, lengths)
-        if touched is None:
+        parts = source.flat_parts
+        if parts is None or len(parts) > 1:
+            mine_P = np.repeat(source_B == number, np.diff(offsets))
+            parts = source.flat_at(starts[mine_P], lengths[mine_P])
+        if parts is None:
             return None
-        assert source.flat_parts is not None
         mode = ALL_ENDS if document_mask else PIECE_ENDS if source.kind == "documents" else NO_ENDS
-        for p in touched:
-            part = source.flat_parts[p]
+        for part in parts:
             if part.behind != IGNORED and not 0 <= part.behind < limit:
                 return None
             bad = kernels.fill(
@@ -86,19 +87,3 @@ def fill_compiled(
                 return None
     mode = ALL_ENDS if document_mask else PIECE_ENDS
     return kernels.finish(offsets, lengths, found, first_P, count_P, T, mode, tokens, labels)
-
-
-def _touched(
-    source: TokenSource, mine_B: np.ndarray, offsets: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-) -> list[int] | None:
-    """The files that the source's pieces lie in; None where it is not plain, or a piece spans two files."""
-    parts = source.flat_parts
-    if parts is None:
-        return None
-    if len(parts) == 1:
-        return [0]
-    mine_P = np.repeat(mine_B, np.diff(offsets))
-    first = source.part_of(starts[mine_P])
-    if not np.array_equal(first, source.part_of(starts[mine_P] + lengths[mine_P] - 1)):
-        return None
-    return np.unique(first).tolist()

@@ -20,6 +20,7 @@ from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank
 from megastage.data.data_stage import DataStage
 from megastage.data.doc_rule import DocRule, rule_of
 from megastage.data.lanes import LaneOrder
+from megastage.data.live_streams import LiveOrder
 from megastage.data.order import Order, make_order
 from megastage.data.packing import check_rule
 from megastage.data.sources.base import (
@@ -30,6 +31,7 @@ from megastage.data.sources.base import (
     open_source,
     without_building,
 )
+from megastage.data.sources.live import LiveText, shared
 
 Spec = tuple[str, str]  # (dataset_type, path)
 Settings = Mapping[str, Mapping[str, Any]]  # by order key
@@ -158,14 +160,10 @@ def _open_all(stages: Sequence[DataStage], options: SourceOptions, problems: lis
                 opened[spec] = open_source(*spec, options)
             except ValueError as error:
                 failed.add(spec)
-                where = f"dataset_folders[{number}]" if stage.dataset_folders else _key_of_one(stage)
+                one = "dataset_path" if stage.dataset_path else "dataset"
+                where = f"dataset_folders[{number}]" if stage.dataset_folders else one
                 problems.append(f"{_title(stage)}, {where}: {error}")
     return opened
-
-
-def _key_of_one(stage: DataStage) -> str:
-    """The key that names a stage's only source."""
-    return "dataset_path" if stage.dataset_path else "dataset"
 
 
 def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spec, TokenSource]:
@@ -192,6 +190,7 @@ def _index(
     tables: Mapping[bytes, BlendTable] | None = None,
 ) -> DataIndex:
     indexes: dict[int, StageIndex] = {}
+    opened = shared(opened)
     tables = dict(tables or {})
     for stage in _running(stages):
         try:
@@ -325,6 +324,8 @@ def order_of(
     rules: Sequence[DocRule] = (),
 ) -> Order:
     """The sample order that fits a source: text by virtual streams, documents packed, token streams in lanes."""
+    if isinstance(source, LiveText):
+        return LiveOrder.make(source, settings)
     kind = "streams" if source.dataset_type == "huggingface" else "packed" if source.kind == "documents" else "lanes"
     return make_order(
         kind,

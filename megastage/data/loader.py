@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 
 P = TypeVar("P")
 B = TypeVar("B")
-R = TypeVar("R")
 
 
 class Prefetcher(Generic[P, B]):
@@ -49,10 +48,6 @@ class Prefetcher(Generic[P, B]):
             self._fill()
         self.wait_s = time.perf_counter() - started
         return plan, batch
-
-    def run(self, task: Callable[[], R]) -> R:
-        """Run something that must not happen while a plan is being made."""
-        return task() if self._planner is None else self._planner.submit(task).result()
 
     def close(self) -> None:
         """Stop the threads; batches made ahead are dropped. Safe to call twice."""

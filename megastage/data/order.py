@@ -16,7 +16,7 @@ import numpy as np
 from megastage.data.doc_rule import DocRule
 
 T = TypeVar("T")
-Mark = tuple[int, int]  # (block, rows of the stage before it)
+Mark = Sequence[int]  # packed rows: block, rows of the stage before it; live text: see `LiveMark`
 
 
 class Rows(NamedTuple):
@@ -61,7 +61,7 @@ class Cursor(Protocol):
         """Epochs of the source used up after `counter` rows of this stage (1.25: a quarter of the second one)."""
 
     def mark(self, consumed: int) -> Mark | None:
-        """A hint for `Visit.mark` and `Order.enter`: with it, going on after `consumed` rows needs no search."""
+        """For `Visit.mark` and `Order.enter`: with it, going on after `consumed` rows, just read, needs no search."""
 
 
 class Order(Protocol):

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megastage.data.durable import StagedFolder, close_discarded, fsync_path, write_atomically
+from megastage.data.mapping import map_file
 
 FORMAT = "megastage.packed_memmap"
 VERSION = 1
@@ -344,8 +345,7 @@ def _map(file: Path, dtype: np.dtype, count: int, what: str) -> np.ndarray:
             f"{file}: {size} bytes, but {METADATA} records {count} {what} of {dtype.itemsize} bytes = "
             f"{count * dtype.itemsize}: {kind}; restore it or preprocess again"
         )
-    # A plain ndarray view slices twice as fast as the np.memmap subclass.
-    return np.memmap(file, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+    return map_file(file, dtype, count)
 
 
 def _damaged(file: Path, found: int, recorded: int) -> str:

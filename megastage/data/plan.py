@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,16 @@ from megastage.data.state import StageRecord, histories
 
 @dataclass(frozen=True)
 class Plan:
-    """The global batch of samples [start, start + n): source int64[n] of each row, its pieces, and their digest."""
+    """The global batch of samples [start, start + n): source int64[n] of each row, its pieces, and their digest.
+
+    marks: by order key, where the rows of each source that was drawn end (see `Visit.mark`).
+    """
 
     start: int
     source: np.ndarray
     rows: Rows
     digest: str
+    marks: Mapping[str, list[int]]
 
     def part(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray, Rows]:
         """(sources, sample ids, pieces) of rows low .. high-1 of the batch."""
@@ -88,28 +92,24 @@ class Planner:
             target, _ = ragged_index(offsets[mine], counts[mine])
             starts[target], lengths[target] = rows.starts, rows.lengths
         merged = Rows(offsets, starts, lengths)
-        return Plan(start, source.astype(np.int64), merged, self._digest(source, merged))
+        digest = self._digest(source, merged)
+        return Plan(start, source.astype(np.int64), merged, digest, self._marks(source, counter))
 
-    def marks(self, samples: int) -> dict[str, list[int]]:
-        """By order key, where the rows of each source end after `samples` samples of the stage."""
-        counts = self._index.table.counts_at(samples)
+    def _marks(self, source: np.ndarray, counter: np.ndarray) -> dict[str, list[int]]:
+        """By order key, where the drawn rows end, so that going on needs no search, or is possible at all."""
+        numbers, last = np.unique(source[::-1], return_index=True)
         marks = {}
-        for number, cursor in self._cursors.items():
-            mark = cursor.mark(int(counts[number]) + self._offsets[number])
+        for number, consumed in zip(numbers.tolist(), (counter[::-1][last] + 1).tolist()):
+            mark = self._cursors[number].mark(consumed + self._offsets[number])
             if mark is not None:
                 marks[self._index.order_key(number)] = [int(value) for value in mark]
         return marks
 
-    def progress(self, samples: int) -> tuple[list[float | None], list[int | None]]:
-        """By source (None: not drawn), after `samples` samples of the stage: its epochs, and what entering skipped."""
-        counts = self._index.table.counts_at(samples).tolist()
-        numbers = range(len(self._index.sources))
-        cursors = {number: self._cursors.get(number) for number in numbers}
-        epochs = [
-            None if cursor is None else round(cursor.epoch_at(counts[number] + self._offsets[number]), 6)
-            for number, cursor in cursors.items()
-        ]
-        return epochs, [None if cursor is None else cursor.skipped_tokens for cursor in cursors.values()]
+    @property
+    def skipped_tokens(self) -> list[int | None]:
+        """By source, what of the open epoch was given up by entering the stage; None where it is not drawn."""
+        cursors = [self._cursors.get(number) for number in range(len(self._index.sources))]
+        return [None if cursor is None else cursor.skipped_tokens for cursor in cursors]
 
     def _digest(self, source: np.ndarray, rows: Rows) -> str:
         """blake2b over (source content, piece starts, piece lengths) of every row in order."""

@@ -11,6 +11,7 @@ from megastage.data.blend import is_exact
 from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex, DataStage
 from megastage.data.lanes import LaneOrder
+from megastage.data.live_streams import LiveOrder
 from megastage.data.order import Visit
 from megastage.data.packing import PackedOrder
 from megastage.data.state import StageRecord, histories, record_of
@@ -39,10 +40,11 @@ def plan_lines(
         start = order.planned_epochs(before)
         visit = Visit(stage.seq_len, rows[number], None, rule_of(stage))
         stop = order.planned_epochs([*before, visit])
+        about = "about " if isinstance(order, LiveOrder) else ""
         padding = order.padding(visit.seq_len, visit.rule) if isinstance(order, PackedOrder) else 0.0
         read = rows[number] * stage.seq_len * (1 - padding)
         line = (
-            f"Source {source.path}: {read / 1e9:.2f}B of {source.n_tokens / 1e9:.2f}B tokens, "
+            f"Source {source.path}: {read / 1e9:.2f}B of {about}{source.n_tokens / 1e9:.2f}B tokens, "
             f"{stop - start:.2f} epochs ({start:.2f} -> {stop:.2f})"
         )
         if padding >= _TOLD_PADDING:

@@ -19,9 +19,9 @@ class StageRecord:
     """What one stage consumed, and all that decided which samples these were.
 
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
-    order key, a hint to where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
+    order key, where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
     long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike. For people alone, by
-    source (None: not drawn): epochs of it used up by these samples and all before, and tokens that entering skipped.
+    source (None: not drawn): about how many epochs of it were used by the end, and the tokens that entering skipped.
     """
 
     index: int
@@ -73,6 +73,18 @@ def histories(records: Sequence[StageRecord], index: DataIndex) -> dict[str, lis
             elif rows:
                 visits.append(visit)
     return found
+
+
+def note_epochs(records: Sequence[StageRecord], index: DataIndex) -> None:
+    """Put into the last record how many epochs of its sources it and all before it make, as the plan counts them."""
+    if not records:
+        return
+    visits, last = histories(records, index), records[-1]
+    drawn = index.stages[last.index].weights > 0
+    last.epochs = [
+        round(index.orders[key].planned_epochs(visits.get(key, [])), 6) if used else None
+        for key, used in zip(last.keys, drawn.tolist(), strict=True)
+    ]
 
 
 def to_json(records: Sequence[StageRecord], index: DataIndex) -> dict[str, Any]:
@@ -135,9 +147,11 @@ def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], in
 def _changed_sources(record: StageRecord, now: StageRecord, index: DataIndex, number: int) -> list[str]:
     if len(record.sources) != len(now.sources):
         return [f"had {len(record.sources)} sources in the checkpoint and has {len(now.sources)} now"]
+    text = any(kind == "huggingface" for kind, _ in index.stages[number].specs)
+    hint = "; text is another one too when training.live_text_mb makes it be tokenized at another time" if text else ""
     return [
         f"source {i + 1} ({index.stages[number].specs[i][1]}) had the content {before} in the checkpoint "
-        f"and has {after} now"
+        f"and has {after} now{hint}"
         for i, (before, after) in enumerate(zip(record.sources, now.sources))
         if before != after
     ]

@@ -16,6 +16,12 @@ from megastage.data.order import Rows, Visit, check_seq_len, ragged_index, saved
 MAX_STREAMS = 64
 
 
+def rows_by_stream(streams: int, start: int, stop: int) -> np.ndarray:
+    """How many of the draws start..stop-1 each stream gives: int64[streams]."""
+    before = (np.array([[start], [stop]]) - np.arange(streams) + streams - 1) // streams
+    return before[1] - before[0]
+
+
 class StreamOrder:
     """The sample order of documents with cumulative ends `doc_ends` (int64 or uint64 [n]; empty ones do not count)."""
 
@@ -59,14 +65,9 @@ class StreamOrder:
         """See `Order.enter`; marks are not needed here."""
         drawn, position = 0, np.zeros(self.streams, np.int64)
         for visit in history:
-            position += self.rows_of(drawn, drawn + visit.rows) * visit.seq_len
+            position += rows_by_stream(self.streams, drawn, drawn + visit.rows) * visit.seq_len
             drawn += visit.rows
         return StreamCursor(self, drawn, position, seq_len)
-
-    def rows_of(self, start: int, stop: int) -> np.ndarray:
-        """How many of the draws start..stop-1 each stream gives: int64[streams]."""
-        before = (np.array([[start], [stop]]) - np.arange(self.streams) + self.streams - 1) // self.streams
-        return before[1] - before[0]
 
     def planned_epochs(self, history: Sequence[Visit]) -> float:
         return sum(v.rows * v.seq_len for v in history) / self.n_tokens

@@ -233,7 +233,7 @@ def test_files_of_both_generations_load_resolve_and_plan(template: str, size: st
     assert cfg.compile.enable is (size == "405B")
     text = plan_text((stage,), lambda stage: [])
     assert f"  Steps: 0 -> {values['steps']:,} ({values['steps']:,} steps)" in text
-    assert "  Dataset: c4\n  Dataset type: huggingface\n" in text
+    assert f"  Dataset type: huggingface\n  Sequence length: {values['seq_len']}\n  Dataset: c4\n" in text
 
 
 def test_what_the_user_wrote_is_recoverable(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_what_does_not_go_together(resolve, text: str, words: str) -> None:
 
 def test_plan_and_transition(resolve) -> None:
     one, two = resolve(BASE + ONE + TWO + QWEN + "lr = 1e-4\n")
-    assert stage_notes(two)[1] == "Documents: at least 4,096 tokens, 0.75 of the rows of those of at least 16,384"
+    assert stage_notes(two)[2] == "Documents: at least 4,096 tokens, 0.75 of the rows of those of at least 16,384"
     assert not any(line.startswith("Documents") for line in stage_notes(one))
     assert transition_text(50, one, two).splitlines()[4:-1] == [
         "Changes: lr, min_doc_len, long_doc_len, long_doc_share",

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from quick_start import QUICK_START
+from stage_texts import STAGES, resolve, table
 
-from megastage.config.layout import resolve_layout
-from megastage.config.load import load_config
-from megastage.config.schema import Config
 from megastage.model.config import RopeScaling, RopeSpec
 from megastage.stages import (
     Stage,
     changes,
     lookup,
     plan_text,
-    resolve_stages,
-    stage_notes,
     transition_text,
 )
 
@@ -61,20 +55,6 @@ Step 100000: 'general' -> 'reasoning'
 Changes: dataset_weights
 New weights: [0.300, 0.350, 0.350]
 ============================================================"""
-
-
-@pytest.fixture
-def load(tmp_path: Path):
-    def load(text: str, *arguments: str) -> Config:
-        file = tmp_path / "c.toml"
-        file.write_text(text)
-        return load_config(["--config", str(file), *arguments])
-
-    return load
-
-
-def resolve(cfg: Config, world_size: int = 1, **more: int) -> tuple[Stage, ...]:
-    return resolve_stages(cfg, resolve_layout(cfg, world_size), **{"seed": 1, **more})
 
 
 QUICK_BATCH = ("--training.seq_len=4096", "--training.global_batch_size=1000")
@@ -185,9 +165,9 @@ HUGGINGFACE_PLAN = """\
 Stage 1: default
   Steps: 0 -> 10,000 (10,000 steps)
   Estimated tokens: 0.16B tokens
-  Dataset: c4_test
   Dataset type: huggingface
   Sequence length: 2048
+  Dataset: c4_test
 ============================================================"""
 
 
@@ -204,19 +184,12 @@ def test_lines_of_a_path_and_of_one_folder(load) -> None:
     (stage,) = resolve(load(text + 'dataset_path = "/x"\n'))
     lines = plan_text((stage,), lambda stage: []).splitlines()[6:-1]
     assert lines == [
-        "  Steps: 0 -> 1 (1 step)", "  Estimated tokens: 0.00B tokens", "  Dataset path: /x",
-        "  Dataset type: packed_memmap", "  Sequence length: 2048",
+        "  Steps: 0 -> 1 (1 steps)", "  Estimated tokens: 0.00B tokens", "  Dataset type: packed_memmap",
+        "  Sequence length: 2048", "  Dataset path: /x",
     ]  # fmt: skip
     assert stage.sources == ("/x",)
     (stage,) = resolve(load(text + 'dataset_folders = ["/x"]\n'))
-    assert "  Dataset folders: 1 folder\n  Weights: [1.000]\n" in plan_text((stage,))
-
-
-STAGES = '[training]\ndataset_type = "nanoset"\ndataset_folders = ["/a", "/b"]\nsteps = 100\n'
-
-
-def table(name: str, start: int, *more: str) -> str:
-    return "\n".join(["[[training.data_stages]]", f'name = "{name}"', f"start_step = {start}", *more, ""])
+    assert "  Dataset folders: 1 folders\n  Weights: [1.000]\n" in plan_text((stage,))
 
 
 def spans(stages: tuple[Stage, ...]) -> list[tuple[str, int, int, bool]]:
@@ -355,47 +328,6 @@ def test_recomputation_inherits(load) -> None:
     assert [stage.recompute for stage in resolve(load(text))] == [
         ("selective", "2"), ("full", "2"), ("selective", "op"),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("world_size", "arguments", "expected"),
-    [
-        (1, (), (8, 1, 8, 1)),
-        (4, (), (32, 4, 8, 1)),
-        (4, ("--training.global_batch_size=64",), (64, 4, 8, 2)),
-        (4, ("--parallelism.tensor_parallel_degree=2",), (16, 2, 8, 1)),
-        (4, ("--parallelism.data_parallel_replicate_degree=2",), (32, 4, 8, 1)),
-        (4, ("--parallelism.pipeline_parallel_degree=2",), (16, 2, 1, 8)),
-        (4, ("--parallelism.pipeline_parallel_degree=2", "--training.global_batch_size=12",
-             "--parallelism.pipeline_parallel_microbatch_size=2"), (12, 2, 2, 3)),
-    ],
-)  # fmt: skip
-def test_batches(load, world_size: int, arguments: tuple[str, ...], expected: tuple[int, ...]) -> None:
-    (stage,) = resolve(load("", *arguments), world_size)
-    batch = (stage.global_batch_size, stage.data_ranks, stage.micro_batch_size, stage.micro_batches)
-    assert batch == expected
-    assert stage.data_ranks * stage.micro_batch_size * stage.micro_batches == stage.global_batch_size
-
-
-def test_the_first_stage_decides_what_minus_one_means(load) -> None:
-    text = STAGES + table("a", 0, "local_batch_size = 4") + table("b", 50, "local_batch_size = 2")
-    assert [stage.global_batch_size for stage in resolve(load(text), 2)] == [8, 8]
-    assert [stage.micro_batches for stage in resolve(load(text), 2)] == [1, 2]
-    assert [stage.global_batch_size for stage in resolve(load(text), 2, global_batch_size=16)] == [16, 16]
-    cfg = load(text, "--training.global_batch_size=32")
-    assert [stage.global_batch_size for stage in resolve(cfg, 2, global_batch_size=16)] == [32, 32]
-
-
-def test_tokens_per_step_are_shown_after_a_stages_lines(load) -> None:
-    (stage,) = resolve(load("", "--training.global_batch_size=64"), 4)
-    assert stage_notes(stage) == ["Tokens per step: 131,072 (64 rows = 4 data ranks x 2 micro-batches of 8)"]
-    assert plan_text((stage,)).splitlines()[-2] == f"  {stage_notes(stage)[0]}"
-
-
-def test_a_pipeline_says_that_it_makes_no_use_of_a_stages_local_batch(load) -> None:
-    cfg = load(STAGES + table("a", 0, "local_batch_size = 4"), "--parallelism.pipeline_parallel_degree=2")
-    (stage,) = resolve(cfg, 2)
-    assert any("local_batch_size is not used by a pipeline" in note for note in stage.notes)
 
 
 def test_resolution_leaves_the_configuration_alone(load) -> None:

@@ -39,8 +39,8 @@ def test_epochs_and_skipped_tokens_of_a_stream_are_those_that_were_read(tmp_path
     last = states[-1]["stages"]
     assert [before for before, *_ in lines[1:]] == [after for _, after, *_ in lines[:-1]]
     assert lines[-1][1] > 6  # it wraps in every stage
-    assert last[-1]["epochs"][0] == pytest.approx(lines[-1][1], abs=0.2)
-    assert counts[:-1].max() <= np.ceil(last[-1]["epochs"][0])
+    assert last[-1]["epochs"][0] == pytest.approx(lines[-1][1], abs=1e-2)
+    assert counts[:-1].max() <= np.ceil(last[-1]["epochs"][0] + 0.01)  # boundaries skip a little more than is planned
     lanes, most = order.lanes, 0
     for stage, line, record in zip(stages, lines, last, strict=True):
         _, _, entry, an_epoch = line

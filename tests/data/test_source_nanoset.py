@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from source_files import documents, ends, flat, write_nanoset
@@ -166,6 +170,19 @@ def test_a_file_whose_link_leads_nowhere_is_not_left_out(tmp_path):
     (tmp_path / "b.ds").symlink_to(tmp_path / "unmounted" / "b.ds")
     with pytest.raises(SourceError, match=r"b\.ds: a link to .*unmounted/b\.ds, which is not there"):
         open_source("nanoset", tmp_path)
+
+
+def test_more_files_than_a_process_may_open(tmp_path):
+    for number in range(150):
+        write_nanoset(tmp_path, f"{number:03}", [[1 + number, 2]])
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "from megastage.data.sources.base import open_source;"
+        "source = open_source('nanoset', sys.argv[1]); print(source.read(0, source.n_tokens)[::2].tolist())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{list(range(1, 151))}\n", done.stderr
 
 
 def test_unknown_type():

@@ -1,7 +1,12 @@
 """Data sets behind URLs: what is read, what is kept, what is refused."""
 
+import functools
+import http.server
+import threading
+
+import numpy as np
 import pytest
-from source_files import documents, flat, write_megatron, write_nanoset
+from source_files import documents, ends, flat, write_megatron, write_nanoset, write_saved_dataset
 
 from megastage.data.packed_memmap import PackedMemmapWriter
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
@@ -28,21 +33,55 @@ def tokens(source):
     return source.read(0, source.n_tokens).tolist()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """DOCS as a nanoset n, a Megatron pair m/x beside another, a triple t/p, and Arrow files a."""
+    folder = tmp_path_factory.mktemp("data")
+    write_nanoset(folder / "n", "x", DOCS)
+    (folder / "m").mkdir()
+    write_megatron(folder / "m" / "x", DOCS)
+    write_megatron(folder / "m" / "xy", DOCS[:3])
+    (folder / "t").mkdir()
+    np.save(folder / "t" / "p_token.npy", np.array(flat(DOCS), np.uint16))
+    np.save(folder / "t" / "p_index.npy", ends(DOCS))
+    write_saved_dataset(folder / "a", {"input_ids": DOCS})
+    return folder
+
+
+NAMES = [
+    ("nanoset", "n"), ("nanoset", "n/x.ds"), ("megatron", "m/x"), ("megatron", "m/x.bin"), ("megatron", "m/x.idx"),
+    ("packed_memmap", "t"), ("packed_memmap", "t/p"), ("packed_memmap", "t/p_token.npy"), ("preprocessed", "a"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_folders_and_prefixes_are_read_as_if_they_were_local(tmp_path, store, scheme):
+def test_folders_files_and_prefixes_are_read_as_if_they_were_local(tmp_path, store, folder, scheme):
+    upload(store, folder, "/bucket")
+    base = "memory://bucket" if scheme == "memory" else f"file://{folder}"
+    check(base, folder, tmp_path)
+
+
+def test_a_web_server_that_lists_names_alone(tmp_path, folder):
+    pytest.importorskip("aiohttp", reason="fsspec needs it for http")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        check(f"http://127.0.0.1:{server.server_address[1]}", folder, tmp_path)
+        server.shutdown()
+
+
+def check(base, folder, tmp_path):
     options = SourceOptions(cache_folder=tmp_path / "cache")
-    write_nanoset(tmp_path / "n", "x", DOCS)
-    (tmp_path / "m").mkdir()
-    write_megatron(tmp_path / "m" / "x", DOCS)
-    base = "memory://bucket" if scheme == "memory" else f"file://{tmp_path}"
-    if scheme == "memory":
-        for name in ("n", "m"):
-            upload(store, tmp_path / name, f"/bucket/{name}")
-    for kind, url, local in (("nanoset", f"{base}/n", "n"), ("megatron", f"{base}/m/x", "m/x")):
-        far, near = open_source(kind, url, options), open_source(kind, tmp_path / local)
-        assert tokens(far) == flat(DOCS)
+    for kind, name in NAMES:
+        far, near = open_source(kind, f"{base}/{name}", options), open_source(kind, folder / name)
+        assert tokens(far) == flat(DOCS), name
         assert far.fingerprint == near.fingerprint
-        assert far.path == url
+        assert far.path == f"{base}/{name}"
 
 
 def test_the_copy_is_used_again_until_the_files_change(tmp_path, store):

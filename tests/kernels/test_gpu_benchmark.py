@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import gpu  # noqa: E402
 from gpu_cases import TOY, Case, case_makers, document_ends  # noqa: E402
+from gpu_checks import check_makers  # noqa: E402
 
 OPS = {
     "attention, causal", "attention, documents", "linear cross-entropy", "rms_norm", "add + rms_norm", "rope", "swiglu",
@@ -61,6 +62,34 @@ def test_failures_keep_their_reason():
     row = gpu.measure(Case("op", 8, (torch.ones(2),), {"ours": fails}), "ours", torch.device("cpu"))
     assert row["did_not_run"] == "RuntimeError: no such back end"
     assert "no such back end" in gpu.table([row])
+
+
+def test_an_error_of_any_kind_is_a_problem_or_a_row_and_not_the_end():
+    class BackEndError(Exception):
+        pass
+
+    def fails(*inputs):
+        raise BackEndError("no such chip")
+
+    case = Case("op", 8, (torch.ones(2),), {"ours": fails, "plain": lambda x: (x,)})
+    assert gpu.check(case) == ["op, 8 tokens: BackEndError: no such chip"]
+    missing = gpu.absent("optimizer_cases", 131072, torch.OutOfMemoryError("too large"))
+    assert gpu.check(missing) == []
+    assert "too large" in gpu.measure(missing, "all", torch.device("cpu"))["did_not_run"]
+
+
+@pytest.mark.parametrize("make", check_makers(TOY, torch.device("cpu"), torch.float32, "torch"))
+def test_every_form_of_attention_is_checked_against_its_definition(make):
+    case = make()
+    assert gpu.check(case) == []
+    right = case.ways["ours"]
+    case.ways["ours"] = lambda *inputs: tuple(x * 1.1 for x in right(*inputs))
+    assert gpu.check(case)
+
+
+def test_unknown_ops_are_an_error(capsys):
+    assert gpu.main(["--dry-run", "--ops", "nosuch"]) == 2
+    assert "nosuch" in capsys.readouterr().out
 
 
 def test_documents_cover_the_row():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megastage.data.long_text import stretches
 from megastage.data.tokenizer import load_tokenizer
-from megastage.preprocess.encode import stretches
 
 LIMIT = 2000
 TEXT = (
@@ -80,7 +80,7 @@ def pieces(text: str, size: int) -> Iterator[str]:
 def test_the_tokens_are_those_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int
 ) -> None:
-    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", LIMIT)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", LIMIT)
     make, bounded = KINDS[kind]
     library = make()
     library.save(str(tmp_path / "tokenizer.json"))
@@ -93,7 +93,7 @@ def test_the_tokens_are_those_of_the_whole(
 
 
 def test_text_without_a_place_to_cut_is_held_until_one_comes(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", LIMIT)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", LIMIT)
     text = TEXT[:9000] + string.ascii_letters * 300 + TEXT
     parts = list(stretches(pieces(text, 700), load_tokenizer(bpe)))
     assert "".join(parts) == text

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from megastage.data.long_text import stretches
 from megastage.data.tokenizer import load_tokenizer
 from megastage.preprocess.__main__ import main
-from megastage.preprocess.encode import stretches
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["the", "cat", "sat", "Zürich", "東京", "😀", "counted", "1234", "sheep;", "f(x):\n", "", "", "x**2\r\n"]
@@ -150,7 +150,7 @@ def test_json_lines_with_bom_crlf_blank_lines_and_no_last_newline(
 def test_long_documents_keep_the_tokens_of_the_whole(
     tmp_path: Path, bpe: Path, tokenize: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, newlines: bool
 ) -> None:
-    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 4000)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", 4000)
     monkeypatch.setattr("megastage.preprocess.readers.STREAM_BYTES", 1000)
     monkeypatch.setattr("megastage.preprocess.readers.BLOCK_BYTES", 777)  # splits UTF-8 sequences
     words = texts(400, seed=5)
@@ -163,7 +163,7 @@ def test_long_documents_keep_the_tokens_of_the_whole(
 
 @pytest.mark.parametrize("join", ["\n", " ", "\n    ", "1 "])
 def test_long_text_is_cut_into_bounded_stretches(bpe: Path, monkeypatch: pytest.MonkeyPatch, join: str) -> None:
-    monkeypatch.setattr("megastage.preprocess.encode.LONG_CHARACTERS", 2000)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", 2000)
     text = join.join(["some words, a line; 12 numbers", "x = [1, 2]", "Zürich liegt am See"] * 1000)
     chunks = [text[i : i + 700] for i in range(0, len(text), 700)]
     parts = list(stretches(iter(chunks), load_tokenizer(bpe)))

@@ -8,9 +8,19 @@ import pytest
 import torch._dynamo.utils
 from training import TINY, layout_flags, records, train, write_nanoset
 
+from megastage import compiling
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
+
+
+def test_an_unknown_back_end_is_named():
+    compiling.require_backend("inductor")
+    with pytest.raises(
+        ValueError, match=r'compile.backend = "induktor": torch has no such back end; use one of .*inductor'
+    ):
+        compiling.require_backend("induktor")
+
 
 STAGES = """
 [training]

@@ -66,7 +66,8 @@ def test_traces_files_and_records_of_every_rank(config, tmp_path):
     flags = [
         "--profiling.enable_profiling", "--profiling.profile_freq", "2", "--profiling.profiler_warmup", "1",
         "--metrics.save_for_all_ranks", "--metrics.enable_tensorboard", "--metrics.log_freq", "3",
-        "--training.gc_debug", "--training.gc_freq", "2", "--job.print_config", "--job.save_config_file", "all.json",
+        "--training.gc_debug", "--training.gc_freq", "2", "--job.print_config",
+        "--job.save_config_file", "kept/all.json",
         *layout_flags(tp=2),
     ]  # fmt: skip
     first, second = run_ranks(2, _printing_rank, _argv(config, tmp_path, *flags))
@@ -84,7 +85,7 @@ def test_traces_files_and_records_of_every_rank(config, tmp_path):
     assert "\x1b[" not in first  # not a terminal
     assert [line.split()[1] for line in first.splitlines() if line.startswith("step ")] == ["1/4", "3/4", "4/4"]
     assert second == ""
-    assert json.loads((tmp_path / "all.json").read_text())["config"]["metrics"]["log_freq"] == 3
+    assert json.loads((tmp_path / "kept" / "all.json").read_text())["config"]["metrics"]["log_freq"] == 3
 
 
 def test_colours_only_on_a_terminal(monkeypatch):

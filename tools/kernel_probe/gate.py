@@ -76,6 +76,13 @@ def judge(report: Report, tensor: bool, scalar: bool = False, exact: bool = Fals
     return problems
 
 
+def cause(error: BaseException) -> str:
+    """The first of a chain of errors: Triton wraps it once per function on the way up."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[-300:]}"
+
+
 def check(spec: KernelSpec, cache: Path | None) -> Verdict:
     """Compile (or take the cached figures of the same source) and judge."""
     name = (spec.kernel, spec.case, spec.arch)
@@ -91,7 +98,7 @@ def check(spec: KernelSpec, cache: Path | None) -> Verdict:
                 num_stages=spec.num_stages, name=f"{spec.kernel} [{spec.case}]", options=spec.options,
             )  # fmt: skip
         except Exception as error:  # whatever the compiler throws is the verdict on this kernel, not the end of the run
-            return Verdict(*name, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
+            return Verdict(*name, None, [f"does not compile: {cause(error)}"])
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{multiprocessing.current_process().pid}.part")

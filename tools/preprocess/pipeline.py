@@ -13,13 +13,12 @@ from pathlib import Path
 
 import tokenizers
 
-from megastage.data import packed_memmap
+from megastage.data import long_text, packed_memmap
 from megastage.data.durable import check_target
 from megastage.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from megastage.data.tokenizer_fast import SAMPLE_CHARACTERS, EngineError, choose_engine
 
 from . import nanoset
-from .encode import LONG_CHARACTERS
 from .inputs import InputError, InputFile, Part, Piece, find_files, plan_pieces
 from .nanoset import NanosetWriter
 from .pool import run_pieces
@@ -107,7 +106,8 @@ def _texts(part: Part, text_field: str, skip_bad: bool) -> Iterator[str]:
         elif isinstance(item, Document):
             yield from item.chunks
         else:
-            yield from (item[i : i + LONG_CHARACTERS] for i in range(0, len(item), LONG_CHARACTERS))
+            size = long_text.LONG_CHARACTERS
+            yield from (item[i : i + size] for i in range(0, len(item), size))
 
 
 def _eos_id(options: Namespace, tokenizer: Tokenizer) -> int | None:

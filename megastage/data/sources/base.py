@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from megastage.data.mapping import map_file
+from megastage.data.sources.parts import FlatPart, Part, hash_index, part_ends, slice_part
 
 READERS = {
     "nanoset": "nanoset",
@@ -30,7 +32,6 @@ IGNORED = -100  # the label that the loss leaves out
 
 _PAGE_TOKENS = 512
 _PAGES = 64
-_INDEX_HASH_LIMIT = 1 << 25  # document ends; a longer index is hashed by sampled blocks
 
 
 class SourceError(ValueError):
@@ -44,6 +45,7 @@ class SourceOptions:
     eos_id: the model tokenizer's end of document, for formats that record none.
     tokenizer: an object with encode_batch, vocab_size, eos_id, sha256, name (text sources only).
     cache_folder: where tokenized text is kept; may_build: whether this process may write it.
+    live_bytes: size on disk above which local text is tokenized while it is read, not before; None: never.
     """
 
     eos_id: int | None = None
@@ -51,35 +53,7 @@ class SourceOptions:
     cache_folder: Path | None = None
     text_field: str = "text"
     may_build: bool = True
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file's share of the stream. Arrays are views of read-only maps.
-
-    tokens: int[n]; doc_ends: int[d], ends relative to the part, ascending, the last one n (None: unknown);
-    loss_mask: bool or uint8[n], 0 where a token is no target; labels: int[n], each input's label, given by the data;
-    unit_ends: int[u], what packing keeps together when that is coarser than documents. With `labels` its ends are not
-    among `doc_ends`: the label behind them is known. tokens and labels may be [rows, n] (a view of longer rows).
-    """
-
-    tokens: np.ndarray
-    doc_ends: np.ndarray | None = None
-    loss_mask: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    unit_ends: np.ndarray | None = None
-
-
-class FlatPart(NamedTuple):
-    """A plain part for compiled loops: unsigned tokens and int64 document ends, both read-only and contiguous.
-
-    base: its first token in the stream; behind: the token behind its last one, -100 at the end of the source.
-    """
-
-    tokens: np.ndarray
-    ends: np.ndarray
-    base: int
-    behind: int
+    live_bytes: int | None = None
 
 
 class TokenSource:
@@ -137,11 +111,11 @@ class TokenSource:
         first = bisect_right(self._bounds, start, hi=len(self._parts)) - 1
         base = self._bounds[first]
         if stop <= self._bounds[first + 1]:
-            return _slice(self._parts[first], name, start - base, stop - base)
+            return slice_part(self._parts[first], name, start - base, stop - base)
         pieces = []
         while start < stop:
             base, end = self._bounds[first], min(stop, self._bounds[first + 1])
-            pieces.append(_slice(self._parts[first], name, start - base, end - base))
+            pieces.append(slice_part(self._parts[first], name, start - base, end - base))
             start, first = end, first + 1
         return np.concatenate(pieces)
 
@@ -166,9 +140,26 @@ class TokenSource:
             flat.append(FlatPart(tokens, ends, base, behind))
         return flat
 
-    def part_of(self, positions: np.ndarray) -> np.ndarray:
-        """Number of the part that holds each token: int64[n] -> int64[n]."""
-        return np.searchsorted(self._starts, positions, "right") - 1
+    def flat_at(self, starts: np.ndarray, lengths: np.ndarray) -> list[FlatPart] | None:
+        """The flat parts that these pieces of the stream lie in; None where it has none, or a piece spans two."""
+        flat = self.flat_parts
+        if flat is None:
+            return None
+        first, last = (np.searchsorted(self._starts, at, "right") - 1 for at in (starts, starts + lengths - 1))
+        return [flat[p] for p in np.unique(first).tolist()] if np.array_equal(first, last) else None
+
+    @property
+    def flat_dtype(self) -> np.dtype[Any] | None:
+        """Of the tokens in flat parts, where there are any."""
+        return self.flat_parts[0].tokens.dtype if self.flat_parts else None
+
+    def readable_to(self, start: int) -> int:
+        """How far one read from `start` may reach; where that is not the end of the source, a document ends there."""
+        return self.n_tokens
+
+    def reach(self, n_tokens: int | None) -> int:
+        """How many tokens there are; a source that must count them (`LiveText`) stops at `n_tokens` or soon after."""
+        return self.n_tokens
 
     @cached_property
     def n_documents(self) -> int | None:
@@ -187,11 +178,22 @@ class TokenSource:
         """int64/uint64[n]: cumulative ends of what packing keeps together (documents; whole rows for packed rows)."""
         ends = []
         for part, base in zip(self._parts, self._bounds):
-            part_ends = part.unit_ends if part.unit_ends is not None else part.doc_ends
-            ends.append(np.array([part.tokens.size], np.int64) if part_ends is None else part_ends)
+            unit_ends = part.unit_ends if part.unit_ends is not None else part.doc_ends
+            ends.append(np.array([part.tokens.size], np.int64) if unit_ends is None else unit_ends)
             if base:
                 ends[-1] = ends[-1].astype(np.int64) + base
         return ends[0] if len(ends) == 1 else np.concatenate([end.astype(np.int64, copy=False) for end in ends])
+
+    def end_units(self, stops: np.ndarray) -> np.ndarray:
+        """bool[n]: whether what packing keeps together ends at each of these positions > 0."""
+        ends = self.doc_ends
+        stops = stops.astype(ends.dtype)  # another type would make numpy convert the whole index
+        return ends[np.searchsorted(ends, stops)] == stops
+
+    def units_within(self, start: int, stop: int) -> np.ndarray:
+        """int64: ends of what packing keeps together that lie between start and stop, neither included."""
+        ends = self.doc_ends
+        return ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop)].astype(np.int64)
 
     def document_ends(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ends of documents inside ranges: for int64[n] `starts` < `stops`, the ends e with start < e <= stop.
@@ -199,7 +201,7 @@ class TokenSource:
         Returns (offsets int64[n + 1], ends int64[offsets[n]]), ascending within a range.
         """
         if len(self._parts) == 1:
-            return _part_ends(self._parts[0], starts, stops, self.eos_id)
+            return part_ends(self._parts[0], starts, stops, self.eos_id)
         first = np.searchsorted(self._starts, starts, "right") - 1
         last = np.searchsorted(self._starts, stops, "left") - 1
         touched = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in set(zip(first.tolist(), last.tolist()))]))
@@ -208,7 +210,7 @@ class TokenSource:
             ranges = np.flatnonzero((first <= p) & (last >= p))
             size, base = self._parts[p].tokens.size, self._bounds[p]
             low, high = np.maximum(starts[ranges] - base, 0), np.minimum(stops[ranges] - base, size)
-            offsets, ends = _part_ends(self._parts[p], low, high, self.eos_id)
+            offsets, ends = part_ends(self._parts[p], low, high, self.eos_id)
             owners.append(np.repeat(ranges, np.diff(offsets)))
             found.append(ends + base)
         owner, ends = np.concatenate(owners), np.concatenate(found)
@@ -229,7 +231,7 @@ class TokenSource:
         for part, base in zip(self._parts, self._bounds):
             for ends in (part.doc_ends, part.unit_ends):
                 if ends is not None:
-                    _hash_index(digest, ends, base)
+                    hash_index(digest, ends, base)
         wanted = ((self.read, True), (self.labels, self.has_labels), (self.loss_mask, self.has_loss_mask))
         read: list[Callable[[int, int], Any]] = [gather for gather, there in wanted if there]
         starts = np.linspace(0, max(self.n_tokens - _PAGE_TOKENS, 0), _PAGES).astype(np.int64)
@@ -242,51 +244,8 @@ class TokenSource:
                 digest.update(np.ascontiguousarray(gather(start, min(start + _PAGE_TOKENS, self.n_tokens))).data)
         return digest.digest()
 
-
-def _slice(part: Part, name: str, start: int, stop: int) -> np.ndarray:
-    values = getattr(part, name)
-    if values is not None and values.ndim == 2:
-        # rows of which some columns are left out, never copied as a whole
-        width = values.shape[1]
-        top = start // width
-        return values[top : -(-stop // width)].reshape(-1)[start - top * width : stop - top * width]
-    if values is not None:
-        return values[start:stop]
-    if name == "loss_mask":
-        return np.ones(stop - start, np.bool_)
-    raise AssertionError(f"a part without {name} beside parts that have them")
-
-
-def _part_ends(part: Part, low: np.ndarray, high: np.ndarray, eos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged ends within one part; without an index by the end-of-document token, else only the part's end."""
-    if part.doc_ends is not None:
-        # the needle takes the index's dtype: another one would make numpy convert the whole index
-        a = np.searchsorted(part.doc_ends, low.astype(part.doc_ends.dtype), "right")
-        b = np.searchsorted(part.doc_ends, high.astype(part.doc_ends.dtype), "right")
-        offsets = np.zeros(len(low) + 1, np.int64)
-        np.cumsum(b - a, out=offsets[1:])
-        indices = np.arange(offsets[-1]) + np.repeat(a - offsets[:-1], b - a)
-        return offsets, part.doc_ends[indices].astype(np.int64)
-    pieces = []
-    for start, stop in zip(low.tolist(), high.tolist()):
-        ends = np.empty(0, np.int64)
-        if eos_id is not None:
-            ends = start + 1 + np.flatnonzero(part.tokens[start:stop] == eos_id)
-        if stop == part.tokens.size and (not ends.size or ends[-1] != stop):
-            ends = np.append(ends, stop)
-        pieces.append(ends)
-    offsets = np.zeros(len(low) + 1, np.int64)
-    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-    return offsets, np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-
-def _hash_index(digest: Any, ends: np.ndarray, base: int) -> None:
-    chunk = 1 << 20
-    starts = range(0, len(ends), chunk)
-    if len(ends) > _INDEX_HASH_LIMIT:
-        starts = range(0, len(ends), len(ends) // 32)
-    for start in starts:
-        digest.update((ends[start : start + chunk].astype("<i8") + base).tobytes())
+    def close(self) -> None:
+        """Let go of what works in the background."""
 
 
 def map_array(file: Path, dtype: Any, *, offset: int = 0, count: int | None = None) -> np.ndarray:
@@ -313,13 +272,8 @@ def map_array(file: Path, dtype: Any, *, offset: int = 0, count: int | None = No
             f"{file}: truncated: {size} bytes from offset {offset}, {count} items of {kind.name} need "
             f"{count * kind.itemsize}; write it again"
         )
-    if count == 0:
-        return np.empty(0, kind)
     try:
-        with open(file, "rb") as opened:
-            # without np.memmap's handling of paths, which counts with hundreds of files
-            mapped = mmap.mmap(opened.fileno(), offset + count * kind.itemsize, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, kind, count, offset)
+        return map_file(file, kind, count, offset)
     except PermissionError:
         raise SourceError(f"{file}: not readable by this user; change its permissions") from None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,22 @@ def _check_end(file: Path, stop: int) -> None:
         )
 
 
+def batches_from(file: Path, columns: tuple[str, ...], row: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """As `record_batches`, from the batch on that holds `row`, each with the number of its first row."""
+    skipped = 0
+    if file.suffix == ".parquet" and row:
+        with _errors_named(file):
+            table = pq.read_metadata(file)
+        ends = list(accumulate(max(0, table.row_group(i).num_rows) for i in range(table.num_row_groups)))
+        skipped = bisect_right(ends, row)
+    first = ends[skipped - 1] if skipped else 0
+    batches = _parquet_batches(file, columns, skipped) if skipped else record_batches(file, columns)
+    for batch in batches:
+        if first + batch.num_rows > row:
+            yield batch, first
+        first += batch.num_rows
+
+
 def _ipc_reader(source: Any) -> Any:
     """A reader of the stream or, as other tools write it, the file format of Arrow IPC."""
     try:
@@ -98,7 +116,7 @@ def _ipc_reader(source: Any) -> Any:
         return pa.ipc.open_file(source)
 
 
-def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: Path, columns: tuple[str, ...], first_group: int = 0) -> Iterator[pa.RecordBatch]:
     with (
         _errors_named(file),
         pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
@@ -108,13 +126,15 @@ def _parquet_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Record
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
         found = 0
         # no threads: after an error in one column they would go on reading another from a file that is closed
-        for batch in table.iter_batches(batch_size=rows, columns=names, use_threads=False):
+        groups = range(first_group, table.metadata.num_row_groups)
+        recorded = table.metadata.num_rows - sum(table.metadata.row_group(i).num_rows for i in range(first_group))
+        for batch in table.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False):
             found += batch.num_rows
             yield batch
-        if found != table.metadata.num_rows:
+        if found != recorded:
             raise SourceError(
-                f"{file}: its row groups give {found} rows, but {table.metadata.num_rows} are recorded: the file is "
-                "damaged, write it again"
+                f"{file}: its row groups give {found} rows, but {recorded} are recorded: the file is damaged, write it "
+                "again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Text, tokenized once with the model's tokenizer and kept as a packed_memmap folder in a cache.
+"""Text. Little of it is tokenized at the start and kept as a packed_memmap folder in a cache; much, as it is read.
 
 The cache key is the text's content and the tokenizer; a folder appears there whole or not at all.
 """
@@ -6,19 +6,18 @@ The cache key is the text's content and the tokenizer; a folder appears there wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from megastage.data.packed_memmap import PackedMemmapWriter, TokenizerFacts, open_packed_memmap, token_dtype
-from megastage.data.sources import sample_text, text
+from megastage.data.sources import sample_text
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource
 from megastage.data.sources.cache import entry
+from megastage.data.sources.encoding import ByteTokenizer, batches, encode
+from megastage.data.sources.live import LiveText
+from megastage.data.sources.text import content_key, documents, text_files
 
-_BATCH_DOCUMENTS = 512
 _HUB_NAMES = {"c4": ("allenai/c4", "en")}
 
 
@@ -31,12 +30,15 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
                 f"{path}: text needs a tokenizer; set model.hf_assets_path to a folder with tokenizer.json"
             )
         tokenizer = ByteTokenizer()
-    key, documents = _documents(str(path), options)
-    digest = hashlib.blake2b(key, digest_size=16)
+    found = _find(str(path), options)
+    size = sum(file.stat().st_size for file in found.files)
+    if options.live_bytes is not None and size > options.live_bytes:
+        return LiveText(str(path), found.files, tokenizer, options)
+    digest = hashlib.blake2b(found.key(), digest_size=16)
     digest.update(f"{tokenizer.sha256} {tokenizer.eos_id} {options.text_field}".encode())
 
     def build(folder: Path) -> None:
-        _build(folder, documents, tokenizer, str(path))
+        _build(folder, found.documents(), tokenizer, str(path))
 
     data = open_packed_memmap(entry(f"text-{digest.hexdigest()}", options, build, "writes it"))
     return TokenSource(
@@ -51,31 +53,34 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     )
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 .. 255, and 256 for the end of a document: the made-up texts run without files."""
+class _Text(NamedTuple):
+    """Text that was found: what identifies it, its documents, and the local files that hold it, where it is in files.
 
-    name, vocab_size, eos_id = "bytes", 257, 256
-    sha256 = hashlib.sha256(b"megastage bytes 257").hexdigest()
+    Nothing is read before it is asked for.
+    """
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """uint16[n] per text."""
-        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16) for text in texts]
+    key: Callable[[], bytes]
+    documents: Callable[[], Iterable[str]]
+    files: list[Path]
 
 
-def _documents(path: str, options: SourceOptions) -> tuple[bytes, Iterable[str]]:
-    """What identifies the text, and its documents (not read before they are asked for)."""
+def _find(path: str, options: SourceOptions) -> _Text:
     if path in sample_text.SPLITS:
         # the whole text is small; hashing it catches an edited grammar
-        return hashlib.blake2b("\n".join(sample_text.documents(path)).encode()).digest(), sample_text.documents(path)
+        def key() -> bytes:
+            return hashlib.blake2b("\n".join(sample_text.documents(path)).encode()).digest()
+
+        return _Text(key, lambda: sample_text.documents(path), [])
     if Path(path).exists():
-        files = text.text_files(Path(path))
-        return text.content_key(files), text.documents(files, options.text_field)
+        files = text_files(Path(path))
+        return _Text(lambda: content_key(files), lambda: documents(files, options.text_field), files)
     if path.startswith((".", "/", "~")):
         raise SourceError(f"{path}: no such file or folder")
     return _from_hub(path, options)
 
 
-def _from_hub(name: str, options: SourceOptions) -> tuple[bytes, Iterator[str]]:
+def _from_hub(name: str, options: SourceOptions) -> _Text:
+    """A data set of the hub, which `datasets` keeps in Arrow files of its own cache."""
     try:
         import datasets
     except ImportError:
@@ -91,18 +96,16 @@ def _from_hub(name: str, options: SourceOptions) -> tuple[bytes, Iterator[str]]:
         ) from error
     if options.text_field not in rows.column_names:
         raise SourceError(f"dataset {name!r}: no column {options.text_field!r} (found {rows.column_names})")
-    return str(rows._fingerprint).encode(), (row[options.text_field] for row in rows)
+    files = [Path(file["filename"]) for file in rows.cache_files] if getattr(rows, "_indices", None) is None else []
+    return _Text(lambda: str(rows._fingerprint).encode(), lambda: (row[options.text_field] for row in rows), files)
 
 
-def _build(folder: Path, documents: Iterable[str], tokenizer: Any, path: str) -> None:
+def _build(folder: Path, contents: Iterable[str], tokenizer: Any, path: str) -> None:
     facts = TokenizerFacts(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
-    end = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id])]
-    stream = iter(documents)
     with PackedMemmapWriter(
         folder, token_dtype(tokenizer.vocab_size), eos_id=tokenizer.eos_id, tokenizer=facts
     ) as writer:
-        while texts := list(islice(stream, _BATCH_DOCUMENTS)):
-            encoded = [np.concatenate([ids, *end]) for ids in tokenizer.encode_batch(texts)]
-            writer.extend(np.concatenate(encoded), [len(ids) for ids in encoded])
+        for texts in batches(contents):
+            writer.extend(*encode(texts, tokenizer))
         if not writer.n_tokens:
             raise SourceError(f"{path}: its text gives no tokens")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megastage.data.mapping import map_file
 from megastage.data.packed_memmap import METADATA, TOKENS, open_packed_memmap
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource, check_ends
 
@@ -89,8 +90,10 @@ def _load(file: Path) -> np.ndarray:
         raise SourceError(f"{file}: not readable as a plain numpy array ({error}); write it again") from None
     if not isinstance(array, np.memmap):
         raise SourceError(f"{file}: not a plain numpy array but {type(array).__name__}; save the array by itself")
-    if array.dtype.kind not in "iub" or array.dtype.newbyteorder("<") != array.dtype:
-        raise SourceError(f"{file}: holds {array.dtype.str}, expected little-endian integers; convert it")
+    if array.dtype.kind not in "iub":
+        raise SourceError(f"{file}: holds {array.dtype}, expected integers")
+    if array.dtype.newbyteorder("<") != array.dtype:
+        raise SourceError(f"{file}: holds big-endian integers ({array.dtype.str}); save it as little-endian")
     size, wanted = file.stat().st_size, array.offset + array.nbytes
     if size != wanted:
         raise SourceError(
@@ -98,7 +101,7 @@ def _load(file: Path) -> np.ndarray:
         )
     if not array.flags.c_contiguous:
         raise SourceError(f"{file}: stored in Fortran order; save it in C order")
-    return np.asarray(array)
+    return map_file(file, array.dtype, array.size, array.offset).reshape(array.shape)
 
 
 def _ends_from_index(file: Path, index: np.ndarray, n_tokens: int) -> np.ndarray:

@@ -6,14 +6,19 @@ first step. The cache key is the URL with names, sizes and versions of all files
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 from megastage.data.sources.base import SourceError, SourceOptions
 from megastage.data.sources.cache import Room, entry
 
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created")
+_OF_A_SET = r"(\.bin|\.idx|_token\.npy)$"  # one of several files, named for all
+_VERSION_KEYS = (
+    "ETag", "etag", "Content-MD5", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created",
+)  # fmt: skip
 
 
 def fetch(url: str, options: SourceOptions) -> Path:
@@ -36,7 +41,7 @@ def fetch(url: str, options: SourceOptions) -> Path:
 
 
 def _files(url: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
-    """(file system, details by path, root): the files below a folder, one file, or those that begin with a prefix."""
+    """(file system, details by path, root): the files below a folder, or one file or prefix with what belongs to it."""
     try:
         import fsspec
     except ImportError:
@@ -45,14 +50,25 @@ def _files(url: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
         fs, root = fsspec.core.url_to_fs(url)
         fs.invalidate_cache()  # listings are remembered, also by an earlier call
         root = root.rstrip("/")
-        found = fs.find(root, detail=True) or fs.glob(f"{root}.*", detail=True)
-        files = {name: info for name, info in found.items() if info.get("type") != "directory"}
+        found = fs.find(root, detail=True)
+        if not found or root in found:
+            prefix = glob.escape(re.sub(_OF_A_SET, "", root))
+            found |= fs.glob(f"{prefix}.*", detail=True) | fs.glob(f"{prefix}_*.npy", detail=True)
+        # web servers list names alone
+        files = {
+            name: info if info.get("size") is not None else {**info, **fs.info(name)}
+            for name, info in found.items()
+            if info.get("type") != "directory"
+        }
     except Exception as error:  # every kind of file system raises its own
         raise SourceError(
             f"{url}: cannot be listed ({type(error).__name__}: {error}); check address, credentials and network"
         ) from error
     if not files:
         raise SourceError(f"{url}: no such file or folder, or it is empty")
+    for name, info in files.items():
+        if info.get("size") is None:
+            raise SourceError(f"{url}: the size of {name} is not told, so that a part could be taken for it; copy it")
     return fs, files, root
 
 
