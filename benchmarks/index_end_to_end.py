@@ -25,7 +25,6 @@ from megastage.data.state import record_of
 SAMPLES = 10_000_000
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 FASTER, SMALLER = 50.0, 100.0
-RUNS = 3
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
             table = engine.index.stages[0].table
             sizes["ours"] = len(json.dumps(_describe(engine.index))) + table.source.nbytes + table.rank.nbytes
 
-        times = in_turn({"ours": ours, "theirs": theirs}, RUNS)
+        times = in_turn({"ours": ours, "theirs": theirs})
     show("time:", times)
     show("index:", sizes, "bytes")
     small = verdict(sizes["theirs"] / sizes["ours"], SMALLER, "bytes")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megastage.data.sources.limits import allow_many_files
+from megastage.data.mapping import map_file
 from megastage.data.sources.parts import FlatPart, Part, hash_index, part_ends, slice_part
 
 READERS = {
@@ -273,13 +272,8 @@ def map_array(file: Path, dtype: Any, *, offset: int = 0, count: int | None = No
             f"{file}: truncated: {size} bytes from offset {offset}, {count} items of {kind.name} need "
             f"{count * kind.itemsize}; write it again"
         )
-    if count == 0:
-        return np.empty(0, kind)
     try:
-        with open(file, "rb") as opened:
-            # without np.memmap's handling of paths, which counts with hundreds of files
-            mapped = mmap.mmap(opened.fileno(), offset + count * kind.itemsize, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, kind, count, offset)
+        return map_file(file, kind, count, offset)
     except PermissionError:
         raise SourceError(f"{file}: not readable by this user; change its permissions") from None
 
@@ -327,7 +321,6 @@ def open_source(dataset_type: str, path: str | os.PathLike[str], options: Source
     if dataset_type not in READERS:
         raise SourceError(f"dataset_type {dataset_type!r} is not known; choose one of {', '.join(sorted(READERS))}")
     options = options or SourceOptions()
-    allow_many_files()
     module = importlib.import_module(f"megastage.data.sources.{READERS[dataset_type]}")
     reader: Callable[[Path | str, SourceOptions], TokenSource] = module.open_folder
     local = path

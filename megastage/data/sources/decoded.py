@@ -77,5 +77,5 @@ def _key(file: Path, columns: tuple[str, ...]) -> str:
     with open(file, "rb") as opened:
         opened.seek(max(0, facts.st_size - _FOOTER_BYTES))
         digest = hashlib.blake2b(opened.read(), digest_size=16)
-    digest.update(f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {columns}".encode())
+    digest.update(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {columns}".encode())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megastage.data.mapping import map_file
 from megastage.data.packed_memmap import METADATA, TOKENS, open_packed_memmap
 from megastage.data.sources.base import Part, SourceError, SourceOptions, TokenSource, check_ends
 
@@ -100,7 +101,7 @@ def _load(file: Path) -> np.ndarray:
         )
     if not array.flags.c_contiguous:
         raise SourceError(f"{file}: stored in Fortran order; save it in C order")
-    return np.asarray(array)
+    return map_file(file, array.dtype, array.size, array.offset).reshape(array.shape)
 
 
 def _ends_from_index(file: Path, index: np.ndarray, n_tokens: int) -> np.ndarray:
