@@ -37,8 +37,8 @@ def load_config(argv: Sequence[str], world_size: int | None = None, *, look_for_
 
     `--config FILE` (or --job.config_file FILE) names the TOML file; without it everything is at its default.
     `--section.key value` overrides. `--help` prints every key and exits. Raises ConfigError with all problems at
-    once; with `world_size` given, those that depend on the number of ranks too. look_for_data: beside other problems tell
-    data that is missing; a run without any opens its data and sees for itself.
+    once; with `world_size` given, those that depend on the number of ranks too. look_for_data: beside other problems
+    tell data that is missing; a run without any opens its data and sees for itself.
     """
     arguments = read_arguments(argv)
     if arguments.wants_help:
