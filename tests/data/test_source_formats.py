@@ -88,7 +88,7 @@ def test_pickled_arrays_are_refused_unread(tmp_path):
         ([1, 2, 3, 4], None, [2, 1, 4], "document end 1 is 1, smaller"),
         ([1, 2, 3, 4], None, [2, 9], "the last document end is 9, but there are 4 tokens"),
         ([1, 2, 3, 4], None, None, "x_index.npy: missing"),
-        ([1.5, 2.5], None, [2], "holds float64, expected integers"),
+        ([1.5, 2.5], None, [2], "holds <f8, expected integers"),
         ([1, 2, 3, 4], None, [[0, 2], [3, 4]], "pairs must be [start, end] of documents one after the other"),
     ],
 )
