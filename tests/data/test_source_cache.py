@@ -67,9 +67,18 @@ def test_the_cache_is_bounded_and_what_was_used_longest_ago_goes_first(opened, m
         opened("b")
 
 
+def test_the_variable_comes_before_what_a_run_would_take(tmp_path, monkeypatch):
+    options = SourceOptions(cache_folder=tmp_path / "dump" / "cache")
+    monkeypatch.delenv("MEGASTAGE_CACHE", raising=False)
+    assert cache.cache_folder(options) == tmp_path / "dump" / "cache"
+    assert cache.cache_folder(SourceOptions()).name == "megastage"
+    monkeypatch.setenv("MEGASTAGE_CACHE", str(tmp_path / "node"))
+    assert cache.cache_folder(options) == tmp_path / "node"
+
+
 def test_other_things_in_the_folder_are_neither_counted_nor_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGASTAGE_CACHE_GB", "1e-6")
-    others = [tmp_path / "notes-2026", tmp_path / "parquet-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
+    others = [tmp_path / f"live-{'0' * 32}", tmp_path / "parquet-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
     for folder in [*others, tmp_path / f"text-{'0' * 32}"]:
         folder.mkdir()
         (folder / "file").write_bytes(bytes(2000))
