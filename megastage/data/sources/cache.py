@@ -24,8 +24,13 @@ _STARTED = time.time()
 
 
 def cache_folder(options: SourceOptions) -> Path:
-    """MEGASTAGE_CACHE, else `options.cache_folder` (a run's is in its dump folder), else ~/.cache/megastage."""
-    return Path(os.environ.get("MEGASTAGE_CACHE") or options.cache_folder or "~/.cache/megastage").expanduser()
+    """`options.cache_folder`, else MEGASTAGE_CACHE, else ~/.cache/megastage."""
+    return options.cache_folder or named_folder("~/.cache/megastage")
+
+
+def named_folder(default: str | Path) -> Path:
+    """The folder that MEGASTAGE_CACHE names, else `default`."""
+    return Path(os.environ.get("MEGASTAGE_CACHE") or default).expanduser()
 
 
 def entry(name: str, options: SourceOptions, build: Callable[[Path], None], what: str) -> Path:
