@@ -78,7 +78,7 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     with torch.cuda.device_of(logits_CW):
         cross_entropy_statistics_kernel[(C,)](
             logits_CW, labels_C.contiguous(), peak_C, sums_C3, W, first,
-            IGNORE=IGNORE, BLOCK=_block(config, W), num_warps=config["num_warps"],
+            IGNORE=IGNORE, BLOCK=_block(config, W), num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return peak_C, sums_C3
 
@@ -93,7 +93,7 @@ def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, 
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
             logits_CW, labels_C.contiguous(), *(x.contiguous() for x in stats), grad_CW, W, first,
             IGNORE=IGNORE, BLOCK=block, WIDE=tl.float64 if dtype == torch.float32 else tl.float32,
-            num_warps=config["num_warps"],
+            num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return grad_CW
 

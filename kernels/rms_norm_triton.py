@@ -102,7 +102,7 @@ def forward(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) ->
                 x_ND, residual_ND, weight_D, out, total, rstd_N, N, x_ND.stride(0),
                 0 if residual_ND is None else residual_ND.stride(0), eps,
                 D=D, BLOCK=triton.next_power_of_2(D), ROWS=config["rows"], ADD=residual is not None,
-                WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1,
+                WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out, total, rstd_N
 
@@ -128,7 +128,7 @@ def backward(
             grad_ND, total_ND, x_ND, weight_D, rstd_N, grad_x, partial_PD, N, tiles_per_program,
             grad_ND.stride(0), 0 if total_ND is None else total_ND.stride(0), x_ND.stride(0),
             D=D, BLOCK=triton.next_power_of_2(D), ROWS=config["rows"], ADD=grad_total is not None,
-            WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1,
+            WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_x, partial_PD.sum(0).to(weight_D.dtype)
 

@@ -79,7 +79,7 @@ def rotate(
             *q_BTHD.stride()[:3], *k_BTKD.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
             *positions_BT.stride(), cos_PF.stride(0),
             F=F, BLOCK=triton.next_power_of_2(F), HEADS=_heads(config, H), KV_HEADS=_heads(config, K),
-            INVERSE=inverse, num_warps=config["num_warps"], num_stages=1,
+            INVERSE=inverse, num_warps=config["num_warps"], num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
