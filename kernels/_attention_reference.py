@@ -80,14 +80,12 @@ def attention_backward(
             dlse_row = None if dlse is None else dlse[b]
             grads = (dq[b], dk[b], dv[b])
             if not _tiled(q, geometry, sink):
-                _blocks_backward(dout[b], dlse_row, q[b], k[b], v[b], row, sink, geometry, grads)
+                _blocks_backward(dout[b], dlse_row, q[b], k[b], v[b], row, sink, geometry, grads, dsink)
                 continue
             dout_row = _without_lone(dout[b], row, geometry, dv[b])
             for segment in _segments(row, T, S, geometry):
                 tensors = (dout_row, dlse_row, q[b], k[b], v[b], out[b], lse[b])
                 _tiled_backward(*tensors, segment, geometry.scale, grads)
-        if sink is not None:
-            dsink = sink_gradient(lse, row_delta(dout, out, dlse), sink)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink if sink is None else dsink.to(sink.dtype)
 
 
@@ -104,13 +102,6 @@ def _without_lone(dout: Tensor, bounds: list[int] | None, geometry: Geometry, dv
     values = dout[lone].unflatten(1, (dv.shape[1], -1)).sum(2, dtype=dv.dtype)
     dv.index_put_((low.to(dout.device)[lone],), values, accumulate=True)
     return dout.index_fill(0, lone, 0.0)
-
-
-def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
-    """sum_d(out * dout) - dlse per query, [B, H, T]: what the softmax subtracts from each gradient."""
-    dtype = _lse_dtype(out)
-    delta = (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
-    return delta if dlse is None else delta - dlse
 
 
 def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
@@ -247,17 +238,21 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, geometry: Geometry) -> tuple[Ten
     return scores.masked_fill(~seen.to(scores.device), -math.inf), capped
 
 
-def _probabilities(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(p, log-sum-exp) of scores [K, G, queries, keys], each with a key it sees; a sink [H] takes its share."""
+def _probabilities(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, log-sum-exp, p of the sink) of scores [K, G, queries, keys], each query with a key it sees.
+
+    A sink [H] takes its share; without one the last is 0.
+    """
     peak_KGT = scores.amax(-1)
-    if sink is not None:
+    if sink is None:
+        sink_KGT = torch.zeros_like(peak_KGT)
+    else:
         sink = sink.to(scores.dtype).unflatten(0, scores.shape[:2])[..., None]
         peak_KGT = torch.maximum(peak_KGT, sink)
+        sink_KGT = (sink - peak_KGT).exp()
     p = (scores - peak_KGT[..., None]).exp_()
-    total_KGT = p.sum(-1)
-    if sink is not None:
-        total_KGT += (sink - peak_KGT).exp()
-    return p.div_(total_KGT[..., None]), peak_KGT + total_KGT.log()
+    total_KGT = p.sum(-1) + sink_KGT
+    return p.div_(total_KGT[..., None]), peak_KGT + total_KGT.log(), sink_KGT / total_KGT
 
 
 def _blocks_forward(
@@ -267,14 +262,14 @@ def _blocks_forward(
     heads = (k.shape[1], -1)
     for rows, keys, seen in _blocks(bounds, q.shape[0], k.shape[0], geometry):
         wide_q, wide_k, wide_v = (x.to(lse.dtype) for x in (q[rows].unflatten(1, heads), k[keys], v[keys]))
-        p, lse_KGT = _probabilities(_scores(wide_q, wide_k, seen, geometry)[0], sink)
+        p, lse_KGT, _ = _probabilities(_scores(wide_q, wide_k, seen, geometry)[0], sink)
         out[rows] = torch.einsum("kgts,skd->tkgd", p, wide_v).flatten(1, 2).to(out.dtype)
         lse[:, rows] = lse_KGT.flatten(0, 1)
 
 
 def _blocks_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bounds: list[int] | None, sink: Tensor | None,
-    geometry: Geometry, grads: tuple[Tensor, Tensor, Tensor],
+    geometry: Geometry, grads: tuple[Tensor, Tensor, Tensor], dsink: Tensor,
 ) -> None:  # fmt: skip
     """All keys of a query are at hand, so its sum(p * dp) is formed from them and not from out: fewer digits cancel."""
     heads, dtype = (k.shape[1], -1), grads[0].dtype
@@ -282,12 +277,16 @@ def _blocks_backward(
         q_TKGD, do_TKGD = (x[rows].unflatten(1, heads).to(dtype) for x in (q, dout))
         k_SKD, v_SKD = k[keys].to(dtype), v[keys].to(dtype)
         scores, capped = _scores(q_TKGD, k_SKD, seen, geometry)
-        p, _ = _probabilities(scores, sink)
+        p, _, sink_KGT = _probabilities(scores, sink)
         dp = torch.einsum("tkgd,skd->kgts", do_TKGD, v_SKD)
         delta = (p * dp).sum(-1)
-        if dlse is not None:
-            delta = delta - dlse[:, rows].unflatten(0, heads)
         ds = p * (dp - delta[..., None])
+        if dlse is not None:
+            dlse_KGT = dlse[:, rows].unflatten(0, heads)
+            ds += p * dlse_KGT[..., None]
+            delta = delta - dlse_KGT
+        if sink is not None:
+            dsink -= (sink_KGT * delta).sum(-1).flatten()
         if capped is not None:
             ds = ds * (1 - capped.square())
         ds = ds * geometry.scale

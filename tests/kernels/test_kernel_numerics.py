@@ -7,7 +7,7 @@ where a GPU rounds, which stays within 2 ulp.
 import pytest
 import torch
 import torch.nn.functional as F
-from error_bound import assert_as_good
+from error_bound import assert_as_good, joined
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numeric_cases import (
@@ -44,12 +44,10 @@ SEED = st.integers(0, 2**20)
 
 
 def hold(*draws):
-    """All dtypes, both back ends. Of several cases that differ in their numbers only, the errors are taken together:
-    in a tensor of a few elements one draw of PyTorch's error is luck."""
+    """All dtypes, both back ends; cases that differ in their numbers only are judged together."""
     for dtype in DTYPES:
         for backend in BACKENDS:
-            ways = zip(*(three_ways(case, dtype, backend) for case in draws))
-            assert_as_good(*({n: torch.cat([x[n].flatten() for x in way]) for n in way[0]} for way in ways))
+            assert_as_good(*joined(three_ways(case, dtype, backend) for case in draws))
 
 
 @pytest.mark.parametrize("name", GRID)
