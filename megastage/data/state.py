@@ -116,10 +116,7 @@ def from_json(state: Mapping[str, Any]) -> tuple[list[StageRecord], dict[str, An
 
 
 def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], index: DataIndex) -> None:
-    """The past must be what it was but for names, of which the records take the present ones.
-
-    Raises ValueError that names every changed field with both values.
-    """
+    """The past must be what it was. Raises ValueError that names every changed field with both values."""
     problems = []
     by_number = {stage.index: stage for stage in stages}
     for record in records:
@@ -129,8 +126,7 @@ def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], in
             problems.append(f"{title}: has been read from, but is no longer among the stages that run")
             continue
         now = record_of(stage, index)
-        record.name = stage.name
-        for name in ("seq_len", "seed", "document_mask", "weights", *_RULE):
+        for name in ("name", "seq_len", "seed", "document_mask", "weights", *_RULE):
             before, after = getattr(record, name), getattr(now, name)
             if before != after:
                 label = {"seed": "dataset_random_seed", "weights": "dataset_weights (as integers)"}.get(name, name)
