@@ -108,20 +108,24 @@ def test_the_mark_of_an_earlier_stage_is_gone_on_from(tmp_path):
     assert expected == cold == walked
 
 
-@pytest.mark.parametrize("change", ["short", "crc32", "row", "drawn"])
+@pytest.mark.parametrize("change", ["short", "kind", "crc32", "place", "row", "drawn"])
 def test_a_damaged_mark_is_an_error_that_names_the_source(tmp_path, change):
     path = write_texts(tmp_path / "in", "jsonl", make_texts(100))
     _, marks = rows_from(path, tmp_path, stop=60, step=20)
     mark = list(marks[40])
     if change == "short":
         mark.pop()
+    elif change == "kind":
+        mark[3] = "1"
+    elif change == "place":
+        mark[3] += 5
     elif change == "crc32":
         mark[8] ^= 1
     elif change == "row":
         mark[-2] += 1_000_000
     source = opened(path, tmp_path)
     history = [Visit(50, 100)] if change == "drawn" else []
-    with pytest.raises(ValueError, match=r"in: (the saved place|its text, or what)"):
+    with pytest.raises(ValueError, match=r"in(: the saved place|: its text, or what|/part-000.jsonl and what follows)"):
         order_of(source, 0, [50], None).enter(history, 50, mark).rows(np.arange(40, 40 + 64))
 
 

@@ -173,8 +173,8 @@ class TextChunks:
                 os.utime(used)
         if facts["start"] != start.to_list():
             raise SourceError(
-                f"{folder}: was made from another text: it begins at {facts['start']}, expected {start.to_list()}; "
-                "the text has changed while it was read. Leave it alone, and remove this folder"
+                f"{self._files[0]} and what follows it: {folder} begins at {facts['start']} of it, but the run, or its "
+                f"checkpoint, expects {start.to_list()}: the text has changed while it was read; put it back as it was"
             )
         behind = None if facts["next"] is None else ChunkStart.from_list(facts["next"])
         return Chunk(start, behind, tokens, ends, facts["tokens_crc32"], facts["characters"])
