@@ -27,6 +27,7 @@ import numpy as np
 
 from megastage.data.durable import StagedFolder, close_discarded, fsync_path, write_atomically
 from megastage.data.mapping import map_file
+from megastage.data.page_checksums import PageChecksums
 
 FORMAT = "megastage.packed_memmap"
 VERSION = 1
@@ -144,7 +145,7 @@ class PackedMemmapWriter:
         self.n_tokens = 0
         self.n_documents = 0
         self._documents_crc32 = 0
-        self._pages = _PageChecksums(page_bytes)
+        self._pages = PageChecksums(page_bytes)
         self._staged = StagedFolder(folder, overwrite=overwrite, is_ours=is_ours)
         self.folder = self._staged.target
         if tokenizer_json is not None:
@@ -216,31 +217,6 @@ class PackedMemmapWriter:
         except BaseException:
             self.abort()
             raise
-
-
-class _PageChecksums:
-    """CRC-32 of each page of a byte stream that comes in pieces of any size."""
-
-    def __init__(self, page_bytes: int) -> None:
-        self._page_bytes = page_bytes
-        self._filled = 0
-        self._crc32 = 0
-        self._done: list[int] = []
-
-    def update(self, content: bytes) -> None:
-        view = memoryview(content)
-        while view:
-            part = view[: self._page_bytes - self._filled]
-            self._crc32 = zlib.crc32(part, self._crc32)
-            self._filled += len(part)
-            view = view[len(part) :]
-            if self._filled == self._page_bytes:
-                self._done.append(self._crc32)
-                self._filled = self._crc32 = 0
-
-    def finish(self) -> bytes:
-        last = [self._crc32] if self._filled else []
-        return np.array(self._done + last, dtype="<u4").tobytes()
 
 
 def is_ours(name: str) -> bool:

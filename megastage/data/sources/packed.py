@@ -91,9 +91,9 @@ def _load(file: Path) -> np.ndarray:
     if not isinstance(array, np.memmap):
         raise SourceError(f"{file}: not a plain numpy array but {type(array).__name__}; save the array by itself")
     if array.dtype.kind not in "iub":
-        raise SourceError(f"{file}: holds {array.dtype}, expected integers")
+        raise SourceError(f"{file}: holds {array.dtype.str}, expected integers; convert it")
     if array.dtype.newbyteorder("<") != array.dtype:
-        raise SourceError(f"{file}: holds big-endian integers ({array.dtype.str}); save it as little-endian")
+        raise SourceError(f"{file}: holds {array.dtype.str}, expected little-endian integers; convert it")
     size, wanted = file.stat().st_size, array.offset + array.nbytes
     if size != wanted:
         raise SourceError(
