@@ -78,7 +78,7 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     with torch.cuda.device_of(logits_CW):
         cross_entropy_statistics_kernel[(C,)](
             logits_CW, labels_C.contiguous(), peak_C, sums_C3, W, first,
-            IGNORE=IGNORE, BLOCK=_block(config, W), num_warps=config["num_warps"],
+            IGNORE=IGNORE, BLOCK=_block(config, W), num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return peak_C, sums_C3
 
@@ -93,7 +93,7 @@ def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, 
         cross_entropy_gradient_kernel[(C, triton.cdiv(W, block))](
             logits_CW, labels_C.contiguous(), *(x.contiguous() for x in stats), grad_CW, W, first,
             IGNORE=IGNORE, BLOCK=block, WIDE=tl.float64 if dtype == torch.float32 else tl.float32,
-            num_warps=config["num_warps"],
+            num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return grad_CW
 
@@ -103,10 +103,11 @@ def _block(config: dict[str, int], W: int) -> int:
 
 
 def gate_cases(arch: str) -> list[GateCase]:
-    def call(W: int) -> None:
+    def call(W: int, dtype: torch.dtype = torch.bfloat16) -> None:
         logits, labels = torch.zeros(16, W), torch.zeros(16, dtype=torch.int64)
         peak, sums = tile_statistics(logits, labels, 0)
-        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), torch.bfloat16)
+        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), dtype)
 
     sizes = {*table.dims("cross_entropy_statistics", arch, 131072), *table.dims("cross_entropy_gradient", arch)}
-    return [GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)]
+    wide = GateCase("fp32 w131072", partial(call, 131072, torch.float32), fast=False, exact=True)
+    return [*(GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)), wide]

@@ -46,7 +46,7 @@ def partial_sums(tensors: Sequence[Tensor]) -> Tensor:
     with torch.cuda.device_of(partial):
         sum_of_squares_kernel[(table.parts.shape[0],)](
             table.addresses, table.parts, partial, DTYPE=TL_TYPES[tensors[0].dtype], ALIGNED=table.aligned,
-            BLOCK=config["block"], num_warps=config["num_warps"],
+            BLOCK=config["block"], num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
     return partial
 

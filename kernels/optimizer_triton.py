@@ -123,7 +123,7 @@ def step_(
             table.addresses, table.parts, scale, *scalars, seed,
             PARAM=TL_TYPES[params[0].dtype], GRAD=TL_TYPES[grads[0].dtype], STATE=TL_TYPES[means[0].dtype],
             STOCHASTIC=stochastic, SCALED=scale is not None, ALIGNED=table.aligned, BLOCK=config["block"],
-            num_warps=config["num_warps"],
+            num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def forward(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) ->
                 x_ND, residual_ND, weight_D, out, total, rstd_N, N, x_ND.stride(0),
                 0 if residual_ND is None else residual_ND.stride(0), eps,
                 D=D, BLOCK=triton.next_power_of_2(D), ROWS=config["rows"], ADD=residual is not None,
-                WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1,
+                WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return out, total, rstd_N
 
@@ -128,19 +128,21 @@ def backward(
             grad_ND, total_ND, x_ND, weight_D, rstd_N, grad_x, partial_PD, N, tiles_per_program,
             grad_ND.stride(0), 0 if total_ND is None else total_ND.stride(0), x_ND.stride(0),
             D=D, BLOCK=triton.next_power_of_2(D), ROWS=config["rows"], ADD=grad_total is not None,
-            WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1,
+            WIDE=WIDE[rstd_N.dtype], num_warps=config["num_warps"], num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_x, partial_PD.sum(0).to(weight_D.dtype)
 
 
 def gate_cases(arch: str) -> list[GateCase]:
-    def call(D: int, add: bool) -> None:
-        x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D, dtype=torch.bfloat16)
+    def call(D: int, add: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        x, weight = torch.zeros(64, D, dtype=dtype), torch.ones(D, dtype=dtype)
         rstd = forward(x, x if add else None, weight, 1e-5)[2]
         backward(x, x if add else None, x, weight, rstd)
 
     sizes = {*table.dims("rms_norm", arch, 128, 4096, 8192), *table.dims("rms_norm_backward", arch)}
-    return [
+    wide = [GateCase("d32", partial(call, 32, False), fast=False)]
+    wide.append(GateCase("fp32 d4096 add", partial(call, 4096, True, torch.float32), fast=False, exact=True))
+    return wide + [
         GateCase(f"d{D}{' add' if add else ''}", partial(call, D, add), fast=(D, add) in ((128, False), (4096, True)))
         for D, add in product(sorted(sizes), (False, True))
     ]

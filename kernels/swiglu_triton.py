@@ -53,8 +53,9 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(gate):
             swiglu_forward_kernel[grid](
-                gate_NF, up_NF, out, gate_NF.shape[1], gate_NF.stride(0), up_NF.stride(0), BLOCK=block, num_warps=warps
-            )
+                gate_NF, up_NF, out, gate_NF.shape[1], gate_NF.stride(0), up_NF.stride(0),
+                BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
     return out
 
 
@@ -66,7 +67,8 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(gate):
             swiglu_backward_kernel[grid](
                 grad_NF, gate_NF, up_NF, grad_gate, grad_up, gate_NF.shape[1],
-                grad_NF.stride(0), gate_NF.stride(0), up_NF.stride(0), BLOCK=block, num_warps=warps,
+                grad_NF.stride(0), gate_NF.stride(0), up_NF.stride(0),
+                BLOCK=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return grad_gate, grad_up
 

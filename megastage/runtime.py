@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megastage.joining import join
 from megastage.logs import log
 
 LONG_S = 1800  # for what one rank does while the others wait: reading an index, writing files
@@ -93,33 +94,32 @@ def start(init_timeout_s: float = 300, train_timeout_s: float = 100, *, device_t
             )
         torch.cuda.set_device(local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    store = _init_process_group(device, timedelta(seconds=init_timeout_s))
+    store, restarts = _init_process_group(device, timedelta(seconds=init_timeout_s))
     long_timeout = timedelta(seconds=max(init_timeout_s, train_timeout_s, LONG_S))
     control = dist.new_group(backend="gloo", timeout=long_timeout)
     checkpoint = dist.new_group(backend="gloo", timeout=long_timeout)
+    count = torch.tensor([max(restarts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))])
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=control)
     return Runtime(
-        dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store, restarts=_restarts()
+        dist.get_rank(), dist.get_world_size(), local_rank, device, control, checkpoint, store, int(count.item())
     )
 
 
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
+def _init_process_group(device: torch.device, timeout: timedelta) -> tuple[dist.Store, int]:
+    """Join the ranks of this start; the store that only they use, and how many starts came before in the job's."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "RANK" not in os.environ:
         alone = dist.HashStore()
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=device_id)
-        return alone
-    # torchrun keeps one store across restarts; without a name per attempt, gloo meets the dead attempt's addresses.
+        return alone, 0
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    prefixed = dist.PrefixStore(f"attempt{_restarts()}", store)
+    name, restarts = join(store, rank, world_size, timeout)
+    prefixed = dist.PrefixStore(name, store)  # without it, gloo meets the addresses of a dead start
     dist.init_process_group(
         backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )
-    return prefixed
+    return prefixed, restarts
 
 
 def make_writable(path: str, key: str, is_main: bool) -> None:

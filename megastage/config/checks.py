@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 
 from megastage.config.errors import show
 from megastage.config.fields import all_keys
@@ -41,7 +42,9 @@ def static_problems(cfg: Config) -> list[str]:
 
 def _problems(cfg: Config, layout: Layout | None) -> list[str]:
     model, found = model_problems(cfg)
-    stages, of_stages = stage_problems(cfg, layout)
+    # what -1 stands for lies in the checkpoint that the run goes on from: batches are checked once that is read
+    settled_later = cfg.training.global_batch_size == -1 and _goes_on(cfg)
+    stages, of_stages = stage_problems(cfg, None if settled_later else layout)
     problems = [*found, *of_stages, *_other_problems(cfg)]
     if model is not None:
         problems += _split_problems(cfg, model, stages)
@@ -73,6 +76,14 @@ def _empty_strings(cfg: Config) -> list[str]:
         if info.annotation is str and info.default != "" and ".N." not in path and path not in _MAY_BE_EMPTY
         if cfg.is_set(path) and cfg.value(path) == ""
     ]
+
+
+def _goes_on(cfg: Config) -> bool:
+    """Whether there is something that looks like a checkpoint with a train state to go on from."""
+    table = cfg.checkpoint
+    if table.initial_load_path is not None and not table.initial_load_model_only:
+        return True
+    return table.enable and any(Path(cfg.job.dump_folder, table.folder).glob("step-*"))
 
 
 def _schedule_problems(cfg: Config) -> list[str]:

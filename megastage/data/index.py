@@ -31,7 +31,7 @@ from megastage.data.sources.base import (
     open_source,
     without_building,
 )
-from megastage.data.sources.live import LiveText
+from megastage.data.sources.live import LiveText, shared
 
 Spec = tuple[str, str]  # (dataset_type, path)
 Settings = Mapping[str, Mapping[str, Any]]  # by order key
@@ -160,14 +160,10 @@ def _open_all(stages: Sequence[DataStage], options: SourceOptions, problems: lis
                 opened[spec] = open_source(*spec, options)
             except ValueError as error:
                 failed.add(spec)
-                where = f"dataset_folders[{number}]" if stage.dataset_folders else _key_of_one(stage)
+                one = "dataset_path" if stage.dataset_path else "dataset"
+                where = f"dataset_folders[{number}]" if stage.dataset_folders else one
                 problems.append(f"{_title(stage)}, {where}: {error}")
     return opened
-
-
-def _key_of_one(stage: DataStage) -> str:
-    """The key that names a stage's only source."""
-    return "dataset_path" if stage.dataset_path else "dataset"
 
 
 def _open_ahead(stages: Sequence[DataStage], options: SourceOptions) -> dict[Spec, TokenSource]:
@@ -194,6 +190,7 @@ def _index(
     tables: Mapping[bytes, BlendTable] | None = None,
 ) -> DataIndex:
     indexes: dict[int, StageIndex] = {}
+    opened = shared(opened)
     tables = dict(tables or {})
     for stage in _running(stages):
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,3 +129,20 @@ def test_check_reports_layout_and_stage_problems_together() -> None:
     for part in ("4 ranks can't be divided", "query heads", "key/value heads", "seq_len = 2048", "needs data"):
         assert any(part in problem for problem in problems)
     assert check(Config(), 1) == []
+
+
+def test_an_open_batch_is_not_guessed_where_a_checkpoint_will_say_it(tmp_path: Path) -> None:
+    """-1 was 2 rows on each of two ranks; on one rank it is not 2 now, which 4 would not divide."""
+    table = {"dataset_type": "nanoset", "dataset_path": "/data", "local_batch_size": 2, "steps": 9}
+    stages = [{"name": "a", "start_step": 0}, {"name": "b", "start_step": 5, "local_batch_size": 4}]
+    tables = {"training": {**table, "data_stages": stages}, "job": {"dump_folder": str(tmp_path)}}
+    cfg = Config.model_validate({**tables, "checkpoint": {"enable": True}})
+    (problem,) = check(cfg, 1)
+    assert "training.global_batch_size = 2: does not divide" in problem
+    (tmp_path / "checkpoint" / "step-4").mkdir(parents=True)
+    assert check(cfg, 1) == []
+    written = Config.model_validate({**tables, "training": {**tables["training"], "global_batch_size": 6}})
+    assert "training.global_batch_size = 6: does not divide" in check(written, 1)[0]
+    other = {"initial_load_path": "elsewhere", "initial_load_model_only": False}
+    tables["job"] = {"dump_folder": str(tmp_path / "new")}
+    assert check(Config.model_validate({**tables, "checkpoint": other}), 1) == []

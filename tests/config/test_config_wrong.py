@@ -101,8 +101,8 @@ WRONG: list[tuple[str, int, list[str]]] = [
         "[parallelism]\ntensor_parallel_degree = 3",
         3,
         [  # and 2048 tokens can't be cut in 3, nor 4 heads
-            "tensor_parallel_degree = 3: does not divide the 8 query heads of llama3 debugmodel",
-            "use one of [1, 2, 4, 8]",
+            "tensor_parallel_degree = 3: llama3 debugmodel has 8 query heads, which it must divide",
+            "and 4 key/value heads, of which it must be a divisor or a multiple; use one of [1, 2, 4, 8]",
         ],
     ),
     ("[training]\nseq_len = 1023\n[parallelism]\ntensor_parallel_degree = 2", 2, ["seq_len = 1023", "such as 1024"]),
@@ -260,6 +260,11 @@ WRONG: list[tuple[str, int, list[str]]] = [
         stages(stage("a", 0, 'dataset_path = "/x"', 'dataset_folders = ["/y"]')),
         1,
         ["dataset_path and training.data_stages[0].dataset_folders: both set"],
+    ),
+    (
+        stages(stage("a", 0, 'dataset_type = "huggingface"', 'dataset = "c4"', 'dataset_folders = ["/y"]')),
+        1,
+        ["training.data_stages[0].dataset and training.data_stages[0].dataset_folders: both set; keep one of them"],
     ),
     (
         stages(stage("a", 0, 'dataset_path = ""')),

@@ -166,6 +166,17 @@ def test_bad_text_at_the_start_is_reported_with_all_else(data, tmp_path):
         engine_of([stage], tmp_path / "cache")
 
 
+def test_a_copy_of_a_text_in_another_stage_goes_on_with_it(data, tmp_path):
+    for name in ("a", "b"):
+        write_texts(tmp_path / name, "jsonl", make_texts(200, seed=3))
+    one = replace(stages_of(data)[0], dataset_folders=(), dataset_path=str(tmp_path / "a"), dataset_weights=())
+    two = replace(one, index=1, name="two", start_step=8, end_step=60, dataset_path=str(tmp_path / "b"))
+    twice = run([one, two], tmp_path / "cache")
+    once = run([one, replace(two, dataset_path=one.dataset_path)], tmp_path / "cache")
+    assert twice[1] == once[1]
+    assert all(same(a, b) for a, b in zip(twice[0], once[0]))
+
+
 def test_closing_stops_what_works_ahead(data, tmp_path):
     engine = engine_of(stages_of(data), tmp_path)
     engine.enter(0, data_rank=0, data_ranks=1)

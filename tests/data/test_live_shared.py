@@ -66,9 +66,12 @@ def test_every_rank_proves_the_text_and_reads_the_same_order(tmp_path):
         cache = tmp_path / f"rank{rank}" / "cache"
         return attempt([stage], rank, options=SourceOptions(tokenizer=Bytes(), cache_folder=cache, live_bytes=0))
 
-    first, *others = on_ranks(tmp_path, work)
-    assert not isinstance(first, str), first
-    assert all([digest for _, digest in other] == [digest for _, digest in first] for other in others)
+    results = on_ranks(tmp_path, work)
+    assert not any(isinstance(result, BaseException | str) for result in results), results
+    assert len({state for _, state in results}) == 1
+    for steps in zip(*(out for out, _ in results)):
+        assert len({digest for _, digest, _ in steps}) == 1
+        assert sorted(i for ids, _, _ in steps for i in ids) == list(range(min(steps[0][0]), min(steps[0][0]) + 8))
     with open(tmp_path / "rank2" / "text" / "part-000.jsonl", "r+b") as file:
         file.seek(30)
         file.write(b"Z")
@@ -139,17 +142,17 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     for name in ("MIN_CHARACTERS", "MAX_CHARACTERS"):
         monkeypatch.setattr(chunks, name, 100_000)
     peaks = []
-    for count, rows in ((1500, 3000), (9000, 18_000)):
+    for count, rows in ((1500, 600), (9000, 3600)):
         path = write_texts(tmp_path / f"in{count}", "mixed", make_texts(count, seed=11), files=9)
         source = opened(path, tmp_path)
-        cursor = order_of(source, 0, [200], None).enter([], 200)
+        cursor = order_of(source, 0, [2000], None).enter([], 2000)
         tracemalloc.start()
         for first in range(0, rows, 50):
             cursor.rows(np.arange(first, first + 50))
             cursor.mark(first + 50)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert source.reach(None) < rows * 200  # all of it was read
+        assert source.reach(None) < rows * 2000  # all of it was read
         source.close()
     assert peaks[1] < 1.5 * peaks[0] + 1_000_000
 
@@ -232,7 +235,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     tokenizer = train_bpe(texts, 400, tmp_path / "tokenizer.json")
     path = write_texts(tmp_path / "in", "jsonl", texts)
     whole = opened(path, tmp_path / "whole", live=False, tokenizer=tokenizer)
-    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", 5000)
+    monkeypatch.setattr("megastage.data.long_text.LONG_CHARACTERS", 3000)
     longest = []
     encode_batch = tokenizer.encode_batch
     monkeypatch.setattr(
@@ -243,4 +246,4 @@ def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     for start in range(0, whole.n_tokens, 1000):
         stop = min(live.readable_to(start), start + 1000)
         assert np.array_equal(live.read(start, stop), whole.read(start, stop))
-    assert max(longest) <= 10_000 < len(texts[0])
+    assert max(longest) <= 6000 < len(texts[0])

@@ -170,10 +170,14 @@ def _connected() -> tuple[set[str], set[str]]:
     mesh = build_mesh(resolve_layout(cfg, 8), "cpu")
     context, tied = make_groups(mesh, [2, 4])[2], find_tied(True, mesh)
     connected: set[str] = set()
+    plain = boundary.dist.all_reduce
     boundary.dist.all_reduce = lambda _value, group: connected.add(group.group_name)
     boundary.connect(SimpleNamespace(mesh=mesh, runtime=rt, context=context, model=SimpleNamespace(tied=tied)))
+    boundary.dist.all_reduce = plain
     used = [dist.group.WORLD, *mesh.root.get_all_groups(), mesh.data.get_group(), context.group, tied.group]
-    return connected, {group.group_name for group in used if group is not None}
+    names = {group.group_name for group in used if group is not None}
+    rt.close()
+    return connected, names
 
 
 def test_a_boundary_connects_every_group_that_updates_use():

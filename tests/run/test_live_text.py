@@ -67,9 +67,9 @@ def _sources(module: object, most: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two texts, of 0.3 MB (five chunks) and of 0.1 MB, which the run reads more than once."""
+    """Two texts, of 0.3 MB (five chunks) and of some documents, which the run reads more than once."""
     root = tmp_path_factory.mktemp("text")
-    code, numbers = _sources(sympy, 150), _sources(np, 100)
+    code, numbers = _sources(sympy, 150), _sources(np, 24)
     for name, texts in (("code", code), ("numbers", numbers)):
         (root / name).mkdir()
         for half in range(2):
@@ -153,11 +153,13 @@ def test_a_run_that_was_killed_goes_on(config, uncut, tmp_path):
 def test_a_bad_line_ends_the_run_and_is_named(config, tmp_path, capfd):
     text = tmp_path / "text"
     text.mkdir()
-    lines = (config.parent / "code" / "0.jsonl").read_text().splitlines()
-    lines[70] = lines[70][:-5]
+    contents = [f"a short text, number {i}" for i in range(64)] + [f"number {i} " * 400 for i in range(40)]
+    lines = [json.dumps({"text": content}) for content in contents]
+    lines[100] = lines[100][:-5]
     (text / "a.jsonl").write_text("\n".join(lines))
     more = ("--training.dataset_folders", f'["{text}"]', "--training.dataset_weights", "[1.0]")
     stages = ("--training.data_stages.1.dataset_weights", "[1.0]", "--training.seq_len", "1024")
     with pytest.raises(RuntimeError, match="exit code"):
         train(1, _argv(config, tmp_path / "out", {}, *more, *stages))
-    assert "a.jsonl, line 71: no JSON" in capfd.readouterr().err
+    assert "a.jsonl, line 101: no JSON" in capfd.readouterr().err
+    assert (tmp_path / "out" / "checkpoint" / "step-1").is_dir()  # it was reached while training

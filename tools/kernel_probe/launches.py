@@ -92,7 +92,7 @@ def spec_of(request: dict[str, Any], arch: str, case: GateCase) -> KernelSpec:
 def _default_options(arch: str) -> dict[str, Any]:
     from triton.compiler import make_backend
 
-    return vars(make_backend(gpu_target(arch)).parse_options({}))
+    return vars(make_backend(gpu_target(arch)).parse_options({"enable_fp_fusion": True}))
 
 
 def specs_of(cases: Iterable[tuple[str, GateCase]]) -> list[KernelSpec]:

@@ -79,7 +79,7 @@ class Room:
         except (ValueError, OverflowError):
             raise SourceError(f"MEGASTAGE_CACHE_GB = {limit!r}: must be a number of gigabytes") from None
         kept = [folder for folder in cache.glob("*-*") if _ENTRY.fullmatch(folder.name)]
-        self._kept = {folder: _bytes_in(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
+        self._kept = {folder: bytes_in(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
 
     def take(self, n_bytes: int) -> None:
         """Room for so many bytes more: what was used longest ago is removed, but nothing used since this run began.
@@ -87,7 +87,7 @@ class Room:
         Raises SourceError where that is not enough.
         """
         self._needed += n_bytes
-        while self._needed + sum(self._kept.values()) > self._limit:
+        while self.excess() > 0:
             oldest = next(reversed(self._kept), None)
             if self._needed > self._limit or oldest is None or _last_used(oldest) >= _STARTED:
                 beside = "" if self._needed > self._limit else " beside the run's other sources"
@@ -97,6 +97,10 @@ class Room:
                 )
             _remove(oldest)
             del self._kept[oldest]
+
+    def excess(self) -> int:
+        """Bytes that what is kept and what was asked for take beyond the limit."""
+        return self._needed + sum(self._kept.values()) - self._limit
 
 
 def _remove(folder: Path) -> None:
@@ -119,7 +123,8 @@ def _last_used(folder: Path) -> float:
         return 0.0
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """The sizes of all files below a folder."""
     total = 0
     for file in folder.rglob("*"):
         with suppress(OSError):  # being removed by another process

@@ -32,14 +32,13 @@ from megastage.data.packed_memmap import (
 )
 from megastage.data.sources import text
 from megastage.data.sources.base import SourceError, SourceOptions
-from megastage.data.sources.cache import entry
+from megastage.data.sources.cache import Room, bytes_in, entry
 from megastage.data.sources.encoding import batches, encode
 
 MAX_CHARACTERS, MIN_CHARACTERS = 8 << 20, 1 << 16
-LIMIT_GB = 256.0  # MEGASTAGE_TEXT_CACHE_GB overrides it
 _DOCUMENT_CHARACTERS = 16  # what a document counts beside its text, so that empty ones end a chunk too
 _AHEAD = 3
-_TIDY_EVERY = 16  # chunks made between two looks at how much the cache holds
+_TIDY_EVERY = 32  # chunks made between two looks at how much the cache holds
 _TOKENS, _FACTS = "packed", "chunk.json"
 
 
@@ -142,7 +141,7 @@ class TextChunks:
 
     def _look_ahead(self, chunk: Chunk) -> None:
         """Make what lies behind `chunk`. What goes wrong is raised when the chunk is asked for."""
-        with suppress(SourceError, OSError, _Closed):
+        with suppress(Exception):
             for _ in range(_AHEAD):
                 if chunk.next is not None and not self._closed:
                     chunk = self.open(chunk.next)
@@ -166,7 +165,8 @@ class TextChunks:
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
             return None
         with suppress(OSError):
-            os.utime(folder / _FACTS)  # what was used last is removed last
+            for used in (self._folder, folder / _FACTS):  # what was used last is removed last
+                os.utime(used)
         if facts["start"] != start.to_list():
             raise SourceError(
                 f"{folder}: was made from another text: it begins at {facts['start']}, expected {start.to_list()}; "
@@ -263,20 +263,24 @@ class TextChunks:
             yield
 
     def _tidy(self, newest: int) -> None:
-        """Remove the chunks used longest ago, beyond what the cache may hold; they are made again when needed."""
-        limit = int(float(os.environ.get("MEGASTAGE_TEXT_CACHE_GB", LIMIT_GB)) * 1e9)
-        sizes = {}
+        """Keep the cache within its limit: what nobody uses goes, then the chunks used longest ago.
+
+        They are made again when they are needed.
+        """
+        room = Room(self._folder.parent, str(self._folder))
+        with suppress(SourceError):
+            room.take(0)
+            return
+        excess, used = room.excess(), {}
         for folder in self._folder.glob("chunk-*"):
             with suppress(OSError):
-                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                sizes[folder] = ((folder / _FACTS).stat().st_mtime_ns, size)
-        held = sum(size for _, size in sizes.values())
-        for folder in sorted(sizes, key=lambda folder: sizes[folder]):
-            if held <= limit:
+                used[folder] = (folder / _FACTS).stat().st_mtime_ns
+        used.pop(self._path(newest), None)
+        for folder in sorted(used, key=lambda folder: used[folder]):
+            if excess <= 0:
                 return
-            if folder != self._path(newest):
-                shutil.rmtree(folder, ignore_errors=True)
-                held -= sizes[folder][1]
+            excess -= bytes_in(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Closed(Exception):

@@ -6,9 +6,10 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +23,8 @@ from megastage.data.sources.columnar import encoded_bytes
 from megastage.data.sources.parts import FlatPart, Part, part_ends
 from megastage.data.streams import MAX_STREAMS
 
+K = TypeVar("K")
+
 _OPEN_CHUNKS = 96  # mapped at a time; each holds two files open
 _PACKED_RATIO = 3  # of compressed text, for estimates
 
@@ -29,7 +32,7 @@ _PACKED_RATIO = 3  # of compressed text, for estimates
 class LiveText(TokenSource):
     """Documents as in `TokenSource`, at the same positions as if all text had been tokenized, of which few are known.
 
-    A position can be read once its chunk has been opened, by `chunk`. n_tokens is an estimate until the end was seen;
+    A position can be read once its chunk has been opened, by `chunk`. n_tokens: an estimate, equal on every rank;
     streams: how many virtual streams the documents feed.
     """
 
@@ -87,8 +90,6 @@ class LiveText(TokenSource):
             for known in (chunk.start, chunk.next):
                 if known is not None:
                     self._learn(known)
-            if chunk.next is None:
-                self.n_tokens = chunk.start.token + chunk.tokens.size
             self._opened[start.number] = chunk
             while len(self._opened) > _OPEN_CHUNKS:
                 self._opened.popitem(last=False)
@@ -189,6 +190,15 @@ class LiveText(TokenSource):
     def close(self) -> None:
         """Stop making chunks ahead."""
         self._chunks.close()
+
+
+def shared(opened: Mapping[K, TokenSource]) -> dict[K, TokenSource]:
+    """The sources, with one `LiveText` for all paths of one text: what the order has opened, all can read then."""
+    first: dict[bytes, TokenSource] = {}
+    return {
+        key: first.setdefault(source.fingerprint, source) if isinstance(source, LiveText) else source
+        for key, source in opened.items()
+    }
 
 
 def _characters(files: list[Path]) -> int:
