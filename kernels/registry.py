@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+FAST_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # sm_86 runs sm_80's code with smaller tiles
 MODULES = (
     "flash_attention_cases",
     "rms_norm_triton",

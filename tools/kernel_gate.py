@@ -29,7 +29,11 @@ REPO = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="only the quick selection")
-    parser.add_argument("--arch", action="append", help="sm_80, sm_90, sm_100 or gfx942; may be repeated; default all")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        help="sm_80, sm_86, sm_90, sm_100 or gfx942; may be repeated; default all, without sm_86 in the quick one",
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--triton", help="folder of another Triton installation")
     parser.add_argument("--cache", default=str(REPO / ".cache" / "kernel_gate"), help="folder, or 'off'")
@@ -47,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kernel_probe.launches import specs_of
     from kernel_probe.report import table
 
-    from megastage.kernels.registry import ARCHITECTURES, all_cases
+    from megastage.kernels.registry import ARCHITECTURES, FAST_ARCHITECTURES, all_cases
 
     if unknown := set(options.arch or ()) - set(ARCHITECTURES):
         parser.error(f"--arch {', '.join(sorted(unknown))}: choose from {', '.join(ARCHITECTURES)}")
+    every = FAST_ARCHITECTURES if options.fast else ARCHITECTURES
     start = time.perf_counter()
-    specs = specs_of(all_cases(options.arch or ARCHITECTURES, fast=options.fast))
+    specs = specs_of(all_cases(options.arch or every, fast=options.fast))
     specs = [spec for spec in specs if options.kernel in spec.name]
     if not specs:
         parser.error(f"no kernel has {options.kernel!r} in its name")
