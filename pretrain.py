@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__)
     job = None
     try:
-        cfg = load_config(sys.argv[1:] if argv is None else argv, world_size)
+        cfg = load_config(sys.argv[1:] if argv is None else argv, world_size, look_for_data=True)
         if cfg.memory_estimation.enable:
             sys.stdout.write(planning.memory_report(cfg, world_size) + "\n" if rank == 0 else "")
             return 0

@@ -103,10 +103,11 @@ def _block(config: dict[str, int], W: int) -> int:
 
 
 def gate_cases(arch: str) -> list[GateCase]:
-    def call(W: int) -> None:
+    def call(W: int, dtype: torch.dtype = torch.bfloat16) -> None:
         logits, labels = torch.zeros(16, W), torch.zeros(16, dtype=torch.int64)
         peak, sums = tile_statistics(logits, labels, 0)
-        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), torch.bfloat16)
+        tile_gradient(logits, labels, 0, Rows(peak, sums[:, 0], sums[:, 1]), dtype)
 
     sizes = {*table.dims("cross_entropy_statistics", arch, 131072), *table.dims("cross_entropy_gradient", arch)}
-    return [GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)]
+    wide = GateCase("fp32 w131072", partial(call, 131072, torch.float32), fast=False, exact=True)
+    return [*(GateCase(f"w{W}", partial(call, W)) for W in sorted(sizes)), wide]

@@ -134,13 +134,15 @@ def backward(
 
 
 def gate_cases(arch: str) -> list[GateCase]:
-    def call(D: int, add: bool) -> None:
-        x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D, dtype=torch.bfloat16)
+    def call(D: int, add: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        x, weight = torch.zeros(64, D, dtype=dtype), torch.ones(D, dtype=dtype)
         rstd = forward(x, x if add else None, weight, 1e-5)[2]
         backward(x, x if add else None, x, weight, rstd)
 
     sizes = {*table.dims("rms_norm", arch, 128, 4096, 8192), *table.dims("rms_norm_backward", arch)}
-    return [
+    wide = [GateCase("d32", partial(call, 32, False), fast=False)]
+    wide.append(GateCase("fp32 d4096 add", partial(call, 4096, True, torch.float32), fast=False, exact=True))
+    return wide + [
         GateCase(f"d{D}{' add' if add else ''}", partial(call, D, add), fast=(D, add) in ((128, False), (4096, True)))
         for D, add in product(sorted(sizes), (False, True))
     ]

@@ -49,7 +49,8 @@ def rope_kernel(
     in_half = half < F
     position = tl.load(positions_ptr + b * position_b + t * position_t).to(tl.int64)
     # a position outside the table turns the token into NaN rather than reading foreign memory
-    known = (position >= 0) & (position < P)
+    spread = position + tl.zeros([BLOCK], tl.int64)  # a mask of one element is none to Triton 3.9's interpreter
+    known = (spread >= 0) & (spread < P)
     angle = position * table_stride + half
     cos = tl.load(cos_ptr + angle, in_half & known, float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + angle, in_half & known, float("nan")).to(tl.float32)

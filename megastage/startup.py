@@ -18,6 +18,7 @@ from megastage.config.model_choice import model_config
 from megastage.config.schema import Config
 from megastage.data.engine import DataEngine
 from megastage.data.sources.base import SourceOptions
+from megastage.data.sources.cache import named_folder
 from megastage.data.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from megastage.describe import layout_line, model_line
 from megastage.kernels.dispatch import use_triton
@@ -174,7 +175,7 @@ def source_options(cfg: Config, tokenizer: Tokenizer | None) -> SourceOptions:
     return SourceOptions(
         eos_id=None if tokenizer is None else tokenizer.eos_id,
         tokenizer=tokenizer,
-        cache_folder=Path(cfg.job.dump_folder) / "cache",
+        cache_folder=named_folder(Path(cfg.job.dump_folder) / "cache"),
         live_bytes=cfg.training.live_text_mb * 1_000_000,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -45,6 +46,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
     ctx = multiprocessing.get_context("fork")
     port = free_port()
     ranks, pipes = [], []
+    gc.freeze()  # a collection in a child would otherwise go through, and so copy, all that the parent has imported
     for rank in range(world):
         receive, send = ctx.Pipe(duplex=False)
         process = ctx.Process(target=_child, args=(rank, world, port, send, fn, args), daemon=True)
@@ -52,6 +54,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
         send.close()
         ranks.append(process)
         pipes.append(receive)
+    gc.unfreeze()
     results: dict[int, Any] = {}
     try:
         while len(results) < world:

@@ -25,7 +25,7 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def plot(records: list[dict[str, Any]], output: Path) -> None:
-    """Loss above, learning rate and tokens per step below, each stage shaded and named."""
+    """Loss above, learning rate below, each stage shaded and named."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,11 +42,12 @@ def plot(records: list[dict[str, Any]], output: Path) -> None:
         for axes in (top, bottom):
             axes.axvspan(part[0]["step"] - 1, part[-1]["step"], color=colour, alpha=0.15, linewidth=0)
         top.text(
-            part[0]["step"], 0.98, f" {name[0]}\n {name[1]} tokens", transform=top.get_xaxis_transform(),
-            va="top", color=colour, fontweight="bold",
+            part[0]["step"], 1.02, f"{name[0]}\n{name[1]} tokens", transform=top.get_xaxis_transform(),
+            va="bottom", color=colour, fontweight="bold",
         )  # fmt: skip
     top.set_ylabel("loss (nats per token)")
-    top.legend(loc="lower left", frameon=False)
+    top.legend(loc="upper right", frameon=False)
+    top.margins(x=0)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     for axes in (top, bottom):

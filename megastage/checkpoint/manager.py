@@ -307,7 +307,11 @@ class CheckpointManager:
         present = folders.complete_steps(self.root)
         if step not in present:
             raise ValueError(f"checkpoint.load_step = {step}: {self.root} has steps {present or 'none'}")
-        self._check(step)
+        if self._check(step) != "full":
+            raise ValueError(
+                f"checkpoint.load_step = {step}: that one holds the model only; take another of {present}, or begin a "
+                "new run from it with initial_load_path"
+            )
 
     def _set_bad(self, step: int, reason: BaseException) -> None:
         target = folders.set_aside(self.root, step, "bad")

@@ -12,6 +12,7 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megastage.config.absent import absent_sources
 from megastage.config.aliases import canonical
 from megastage.config.checks import check, static_problems
 from megastage.config.errors import ConfigError, bare_key, show
@@ -19,8 +20,9 @@ from megastage.config.fields import all_keys, bare, find, is_table, item_type, n
 from megastage.config.help import help_text
 from megastage.config.keys import Section
 from megastage.config.overrides import lay_over, nested, read_arguments
-from megastage.config.salvage import further_problems
+from megastage.config.salvage import salvage
 from megastage.config.schema import Config
+from megastage.config.stage_resolve import stage_problems
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,12 +32,13 @@ else:
 __all__ = ["ConfigError", "load_config", "read_toml"]
 
 
-def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
+def load_config(argv: Sequence[str], world_size: int | None = None, *, look_for_data: bool = False) -> Config:
     """The configuration that `argv` (without the program's name) asks for.
 
     `--config FILE` (or --job.config_file FILE) names the TOML file; without it everything is at its default.
     `--section.key value` overrides. `--help` prints every key and exits. Raises ConfigError with all problems at
-    once; with `world_size` given, those that depend on the number of ranks too.
+    once; with `world_size` given, those that depend on the number of ranks too. look_for_data: beside other problems
+    tell data that is missing; a run without any opens its data and sees for itself.
     """
     arguments = read_arguments(argv)
     if arguments.wants_help:
@@ -56,12 +59,14 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
         tables["job"] = {**tables["job"], "config_file": arguments.config_file}
     tables = _known(tables, Config, "", problems)
     _refuse_none(tables, "", problems)
-    cfg = _validate(tables, written | written_over, world_size, problems)
-    if cfg is not None:
+    cfg, whole = _validate(tables, written | written_over, world_size, problems)
+    if whole and cfg is not None:
         problems += static_problems(cfg) if world_size is None else check(cfg, world_size)
-    if cfg is None or problems:
-        raise ConfigError(problems, arguments.config_file)
-    return cfg
+        if not problems:
+            return cfg
+    if cfg is not None and look_for_data:
+        problems += absent_sources(stage_problems(cfg, None)[0])
+    raise ConfigError(problems, arguments.config_file)
 
 
 def read_toml(file: str) -> dict[str, Any]:
@@ -151,17 +156,19 @@ def _refuse_none(value: Any, path: str, problems: list[str]) -> None:
 
 def _validate(
     tables: dict[str, Any], written: dict[str, str], world_size: int | None, problems: list[str]
-) -> Config | None:
-    """The configuration; None where values can't be used, which become problems, with what else is wrong."""
+) -> tuple[Config | None, bool]:
+    """The configuration, and whether it is whole. Where it isn't, the values that can't be used become problems, with
+    what else is wrong, and the configuration is what is left of it."""
     try:
-        return Config.model_validate(tables)
+        return Config.model_validate(tables), True
     except ValidationError as error:
         details = error.errors()
         for detail in details:
             if detail["input"] not in ("None", "null"):
                 problems.append(_explain(detail, tables, written))
-        problems += further_problems(tables, details, world_size)
-        return None
+        cfg, further = salvage(tables, details, world_size)
+        problems += further
+        return cfg, False
 
 
 def _explain(detail: ErrorDetails, tables: dict[str, Any], written: dict[str, str]) -> str:

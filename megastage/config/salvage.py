@@ -15,8 +15,10 @@ from megastage.config.schema import Config
 _LAID_OUT = ("model", "parallelism")  # with a wrong value here nothing can be said about how the model is split
 
 
-def further_problems(tables: dict[str, Any], errors: Sequence[ErrorDetails], world_size: int | None) -> list[str]:
-    """Problems between keys that stand whatever the values in `errors` should have been.
+def salvage(
+    tables: dict[str, Any], errors: Sequence[ErrorDetails], world_size: int | None
+) -> tuple[Config | None, list[str]]:
+    """What is left of a configuration, and the problems that stand whatever the values in `errors` should have been.
 
     The wrong values are taken out, so that their keys are at their defaults; what is then said of such a key, or
     could follow from its default, is left out.
@@ -30,13 +32,13 @@ def further_problems(tables: dict[str, Any], errors: Sequence[ErrorDetails], wor
     try:
         cfg = Config.model_validate(rest)
     except ValidationError:  # two wrong values in one place
-        return []
+        return None, []
     broken = {str(error["loc"][0]) for error in errors}
     if world_size is None or broken & set(_LAID_OUT):
         found = remaining_problems(cfg)
     else:
         found = check(cfg, world_size)
-    return [problem for problem in found if not any(_is_about(problem, *key) for key in dropped)]
+    return cfg, [problem for problem in found if not any(_is_about(problem, *key) for key in dropped)]
 
 
 def _is_about(problem: str, place: str, key: str) -> bool:

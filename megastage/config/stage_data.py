@@ -46,7 +46,9 @@ def choose_data(cfg: Config, table: DataStage | None, path: str, problems: list[
     weights = _weights(cfg, own, folders, path, notes, problems)
     if base.is_written("dataset") and kind not in _NAMED:
         notes.append(f'training.dataset = {show(base.dataset)} is not used by dataset_type "{kind}"')
-    dataset = (own.dataset or base.dataset) if kind in _NAMED else None
+    elif base.is_written("dataset") and folders and own.dataset is None:
+        notes.append(f"training.dataset = {show(base.dataset)} is not used: the stage reads dataset_folders")
+    dataset = (own.dataset or base.dataset) if kind in _NAMED and not folders else None
     return DataChoice(dataset, source, kind, folders, weights, tuple(notes))
 
 
@@ -55,8 +57,9 @@ def _source(
 ) -> tuple[str | None, tuple[str, ...]]:
     """dataset_path or dataset_folders, whichever the stage reads."""
     base = cfg.training
-    if own.dataset_path is not None and own.dataset_folders:
-        problems.append(f"{path}.dataset_path and {path}.dataset_folders: both set; keep one of them")
+    for name in ("dataset_path", "dataset"):
+        if getattr(own, name) is not None and own.dataset_folders and (name == "dataset_path" or kind in _NAMED):
+            problems.append(f"{path}.{name} and {path}.dataset_folders: both set; keep one of them")
     if own.dataset_path is not None:
         if base.dataset_folders:
             notes.append("training.dataset_folders is not used: the stage has a dataset_path")
@@ -65,6 +68,13 @@ def _source(
         if base.dataset_path is not None:
             notes.append("training.dataset_path is not used: the stage has dataset_folders")
         return None, own.dataset_folders
+    if _is_elsewhere(own, base, kind):
+        notes += [
+            f"training.{name} is not used: the stage names a dataset"
+            for name in ("dataset_path", "dataset_folders")
+            if getattr(base, name)
+        ]
+        return None, ()
     if base.dataset_folders and base.dataset_path is not None:
         unused = "dataset_path" if kind in _FOLDERS_FIRST else "dataset_folders"
         notes.append(f'training.{unused} is not used: [training] has both, and this is dataset_type "{kind}"')
@@ -72,6 +82,13 @@ def _source(
     if not base.dataset_folders and base.dataset_path is None and kind not in _NAMED:
         problems.append(f'{path}: dataset_type "{kind}" needs data; set dataset_folders or dataset_path')
     return base.dataset_path, base.dataset_folders
+
+
+def _is_elsewhere(own: DataStage, base: Training, kind: str) -> bool:
+    """Whether a stage names a dataset that is not the one which the place in [training] belongs to."""
+    if own.dataset is None or kind not in _NAMED:
+        return False
+    return not (base.is_written("dataset") and own.dataset == base.dataset)
 
 
 def _weights(

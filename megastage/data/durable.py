@@ -29,11 +29,15 @@ def close_discarded(*files: BinaryIO) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file through a temporary one, fsync and rename; readers see the old or the new content only."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 

@@ -172,6 +172,8 @@ def test_model_only_is_for_new_runs_and_never_costs_the_resumable_one(tmp_path: 
     manager.save(2, state_at(2), {"step": 2}, model_only=True, export_dtype=torch.bfloat16)
     assert manager.steps() == [1, 2]
     assert loaded(CheckpointManager(tmp_path / "a")) == 1
+    with pytest.raises(ValueError, match=r"load_step = 2: that one holds the model only; take another of \[1, 2\]"):
+        loaded(CheckpointManager(tmp_path / "a"), load_step=2)
     out = {"model.w": torch.zeros(1000, dtype=torch.bfloat16), "optimizer.exp_avg.w": torch.zeros(1000)}
     assert load_initial(tmp_path / "a" / "step-2", out) == {"step": 2}
     assert (out["model.w"] == 2).all()

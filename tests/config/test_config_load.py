@@ -264,6 +264,47 @@ def test_a_stage_without_a_start_leaves_the_other_tables_to_be_checked(tmp_path:
     ]  # fmt: skip
 
 
+def test_missing_data_is_told_beside_other_problems(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").touch()
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "c.toml"
+    text = f"""
+[training]
+steps = 100
+dataset_type = "nanoset"
+dataset_folders = ["{tmp_path}/there", "{tmp_path}/gone"]
+[[training.data_stages]]
+name = "one"
+start_step = 0
+end_step = 40
+[[training.data_stages]]
+name = "two"
+start_step = 50
+dataset_folders = ["{tmp_path}/gone", "{tmp_path}/empty"]
+[[training.data_stages]]
+name = "three"
+start_step = 60
+dataset_type = "huggingface"
+dataset = "some/name"
+[[training.data_stages]]
+name = "never"
+start_step = 200
+dataset_path = "/nowhere"
+"""
+    absent = [
+        f"stage 1 'one', dataset_folders[1]: {tmp_path}/gone: no such file or folder",
+        f"stage 2 'two', dataset_folders[1]: {tmp_path}/empty: an empty folder",
+    ]
+    for more, others in (("", 1), ("[optimizer]\nlr = -1.0\n", 2)):
+        file.write_text(text + more)
+        with pytest.raises(ConfigError) as caught:
+            load_config(["--config", str(file)], 1, look_for_data=True)
+        assert caught.value.problems[others:] == absent
+    file.write_text(text.replace("end_step = 40", "end_step = 50"))
+    load_config(["--config", str(file)], 1, look_for_data=True)  # for the run to see
+
+
 def test_the_command_line_and_a_broken_file_at_once(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("[training]\nsteps = 3\nsteps = 4\n")

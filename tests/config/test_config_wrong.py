@@ -262,6 +262,11 @@ WRONG: list[tuple[str, int, list[str]]] = [
         ["dataset_path and training.data_stages[0].dataset_folders: both set"],
     ),
     (
+        stages(stage("a", 0, 'dataset_type = "huggingface"', 'dataset = "c4"', 'dataset_folders = ["/y"]')),
+        1,
+        ["training.data_stages[0].dataset and training.data_stages[0].dataset_folders: both set; keep one of them"],
+    ),
+    (
         stages(stage("a", 0, 'dataset_path = ""')),
         1,
         ['training.data_stages[0].dataset_path = "": is empty; leave it out'],

@@ -305,6 +305,29 @@ def test_base_with_path_and_folders_for_stages_of_several_types(load) -> None:
     assert any("training.dataset_folders is not used" in note for note in other.notes)
 
 
+def test_a_stage_that_names_a_dataset_reads_that(load) -> None:
+    """Not the folders or the path that [training] has for another."""
+    name = table("b", 50, 'dataset_type = "huggingface"', 'dataset = "c4_test"')
+    _, named = resolve(load(STAGES + "dataset_weights = [0.9, 0.1]\n" + table("a", 0) + name))
+    assert (named.dataset, named.dataset_path, named.dataset_folders) == ("c4_test", None, ())
+    assert named.sources == ("c4_test",)
+    assert "training.dataset_folders is not used: the stage names a dataset" in named.notes
+    assert "training.dataset_weights is not used: the stage reads one source" in named.notes
+    text = '[training]\ndataset = "c4"\ndataset_path = "/c4"\nsteps = 9\n'
+    same, other = resolve(load(text + table("a", 0, 'dataset = "c4"') + table("b", 5, 'dataset = "pile"')))
+    assert (same.dataset, same.dataset_path) == ("c4", "/c4")
+    assert (other.dataset, other.dataset_path) == ("pile", None)
+    assert "training.dataset_path is not used: the stage names a dataset" in other.notes
+
+
+def test_folders_of_text_have_no_dataset_name(load) -> None:
+    text = '[training]\ndataset_folders = ["/a"]\nsteps = 9\n'
+    (stage,) = resolve(load(text))
+    assert (stage.dataset, stage.sources, stage.notes) == (None, ("/a",), ())
+    (stage,) = resolve(load(text + 'dataset = "c4"\n'))
+    assert stage.notes == ('training.dataset = "c4" is not used: the stage reads dataset_folders',)
+
+
 def test_rope_inherits_stage_training_model(load) -> None:
     scaling = '[training.data_stages.rope_scaling]\nkind = "yarn"\nfactor = 4\n'
     text = STAGES + table("a", 0) + table("b", 30, "rope_theta = 1e6") + table("c", 60) + scaling

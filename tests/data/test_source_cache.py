@@ -7,8 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megastage.config.load import load_config
 from megastage.data.sources import cache, decoded
 from megastage.data.sources.base import SourceError, SourceOptions, open_source
+from megastage.startup import source_options
 
 fsspec = pytest.importorskip("fsspec")
 TOKENS = np.random.default_rng(0).integers(1, 60_000, 50_000)
@@ -67,9 +69,19 @@ def test_the_cache_is_bounded_and_what_was_used_longest_ago_goes_first(opened, m
         opened("b")
 
 
+def test_the_variable_comes_before_a_run_s_own_folder(tmp_path, monkeypatch):
+    cfg = load_config(["--job.dump_folder", str(tmp_path / "dump")])
+    monkeypatch.delenv("MEGASTAGE_CACHE", raising=False)
+    assert source_options(cfg, None).cache_folder == tmp_path / "dump" / "cache"
+    assert cache.cache_folder(SourceOptions()).name == "megastage"
+    monkeypatch.setenv("MEGASTAGE_CACHE", str(tmp_path / "node"))
+    assert source_options(cfg, None).cache_folder == tmp_path / "node"
+    assert cache.cache_folder(SourceOptions(cache_folder=tmp_path / "mine")) == tmp_path / "mine"
+
+
 def test_other_things_in_the_folder_are_neither_counted_nor_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGASTAGE_CACHE_GB", "1e-6")
-    others = [tmp_path / "notes-2026", tmp_path / "parquet-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
+    others = [tmp_path / f"live-{'0' * 32}", tmp_path / "parquet-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
     for folder in [*others, tmp_path / f"text-{'0' * 32}"]:
         folder.mkdir()
         (folder / "file").write_bytes(bytes(2000))

@@ -238,6 +238,13 @@ def test_packed_rows_stay_whole_and_know_their_documents(tmp_path, by):
     assert source.labels(0, 5) is None
 
 
+def test_a_mask_without_zeros_says_nothing(tmp_path):
+    docs = documents(3, 30)
+    masks = [[1] * len(doc) for doc in docs]
+    source = open_source("preprocessed", write_saved_dataset(tmp_path, {"attention_mask": masks, "input_ids": docs}))
+    assert source.read(0, source.n_tokens).tolist() == flat(docs)
+
+
 def test_unshifted_labels_become_a_loss_mask(tmp_path):
     docs = documents(7, 20, low=4)
     labels = [[-100, *doc[1:]] for doc in docs]
@@ -296,6 +303,7 @@ def test_rows_with_one_token_more_keep_it_as_a_label(tmp_path):
         ({"input_ids": [[1, 2, 3]] * 2, "sequence_lengths": [[], [6]]}, "do not sum to its length"),
         ({"input_ids": [[1], None]}, "has empty (null) entries"),
         ({"input_ids": [[]]}, "holds 0 tokens"),
+        ({"input_ids": [[5, 6, 0, 0]] * 3, "attention_mask": [[1, 1, 0, 0]] * 3}, "rows are padded"),
     ],
 )
 def test_bad_columns(tmp_path, columns, words):

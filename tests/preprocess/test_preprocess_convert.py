@@ -63,13 +63,29 @@ def test_megatron_bytes_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "m.bin").read_bytes() == struct.pack("<6i", 70_000, 1, 2, 3, 4, 5)
 
 
-def test_a_megatron_file_of_several_sequences_a_document(tmp_path: Path) -> None:
+def test_a_megatron_file_of_several_sequences_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.bin").write_bytes(struct.pack("<6q", 1, 2, 3, 4, 5, 6))
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 5, 3, 3) + struct.pack("<3i", 2, 1, 3)
     (tmp_path / "m.idx").write_bytes(index + struct.pack("<3q", 0, 16, 24) + struct.pack("<3q", 0, 2, 3))
     assert main(["convert", str(tmp_path / "m.idx"), str(tmp_path / "p"), "--to", "packed_memmap"]) == 0
     data = open_packed_memmap(tmp_path / "p")
     assert (data.metadata.dtype, data.tokens.tolist(), data.doc_ends.tolist()) == ("uint16", [1, 2, 3, 4, 5, 6], [3, 6])
+    out = capsys.readouterr().out
+    assert f"note: {tmp_path / 'm.idx'}: its int64 tokens become uint16\n" in out
+    assert f"note: {tmp_path / 'm.idx'}: its 3 sequences are joined to 2 documents\n" in out
+
+
+def test_a_folder_of_megatron_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, tokens in (("b", [4, 5]), ("a", [1, 2, 3])):
+        with PackedMemmapWriter(tmp_path / name, "uint16") as writer:
+            writer.append(tokens)
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "many" / name), "--to", "megatron"]) == 0
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "many"), str(tmp_path / "one"), "--to", "packed_memmap"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    assert open_packed_memmap(tmp_path / "one").doc_ends.tolist() == [3, 5]
+    assert main(["inspect", str(tmp_path / "many")]) == 0
+    assert "2 token files" in capsys.readouterr().out
 
 
 def test_merge_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

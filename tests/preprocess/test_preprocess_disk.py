@@ -104,6 +104,14 @@ def test_the_way_out_is_named(
     assert ways.get(number, "ask for the right") in error
 
 
+def test_a_tokenizer_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = write_input(tmp_path), tmp_path / "tokenizer.json"
+    with no_file_over(1000):
+        assert main(["train-tokenizer", str(source), "--vocab", "257", "--output", str(output)]) == 1
+    assert f"error: {output}: File too large" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}
+
+
 def test_a_writer_that_cannot_finish_leaves_nothing(tmp_path: Path) -> None:
     def fill() -> Callable[[], None]:
         with PackedMemmapWriter(tmp_path / "data", "uint16") as writer:

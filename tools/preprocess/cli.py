@@ -94,7 +94,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_care(commands: Any) -> None:
-    known = "a packed_memmap or nanoset folder, or a megatron .bin/.idx"
+    known = "a packed_memmap or nanoset folder, a megatron .bin/.idx or a folder of them"
     add = _command(commands, "inspect", "describe:run", "statistics, a histogram and decoded samples").add_argument
     add("path", metavar="DATA", help=known)
     add("--tokenizer", metavar="PATH", help="to decode with (default: the copy in the folder)")

@@ -56,6 +56,8 @@ def _write(
     eos_id: int | None,
     dtype: str,
 ) -> None:
+    for loss in (loss for source in sources for loss in source.losses):
+        print(f"note: {loss}", flush=True)
     output = os.path.realpath(options.output)
     for source in sources:
         if output in {os.path.realpath(source.path), *map(os.path.realpath, source.files)}:

@@ -35,7 +35,7 @@ class DataError(ValueError):
 class TokenData:
     """A data set of any format: what the trainer reads of it, and what is recorded beside.
 
-    files: its token files; eos_id: None when documents end in different tokens.
+    files: its token files; eos_id: None when documents end in different tokens; losses: what no other format keeps.
     """
 
     path: str
@@ -46,6 +46,7 @@ class TokenData:
     eos_id: int | None
     tokenizer: TokenizerFacts | None
     tokenizer_json: Path | None
+    losses: tuple[str, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -75,16 +76,21 @@ class TokenData:
 
 
 def open_data(path: str) -> TokenData:
-    """Open a packed_memmap or nanoset folder, or a megatron prefix. Raises ValueError naming the file."""
+    """Open a packed_memmap or nanoset folder, a megatron prefix or folder. Raises ValueError naming the file."""
     folder = Path(path)
     if folder.is_dir():
         if (folder / METADATA).exists():
             return _packed(path)
         if any(folder.glob("*.ds")):
             return _nanoset(path)
-        raise DataError(f"{path}: neither a complete packed_memmap folder (no {METADATA}) nor a nanoset (no *.ds)")
+        if any(folder.glob("*.idx")):
+            return _megatron(path, sorted(folder.glob("*.idx")))
+        raise DataError(
+            f"{path}: neither a complete packed_memmap folder (no {METADATA}) nor a nanoset (no *.ds) nor megatron "
+            "(no *.idx)"
+        )
     if any(os.path.exists(f"{megatron.prefix_of(path)}.{suffix}") for suffix in ("bin", "idx")):
-        return _megatron(path)
+        return _megatron(path, [Path(f"{megatron.prefix_of(path)}.idx")])
     raise DataError(f"{path}: no such folder, and no megatron {megatron.prefix_of(path)}.bin and .idx")
 
 
@@ -114,14 +120,15 @@ def _nanoset(path: str) -> TokenData:
     return TokenData(path, "nanoset", dtype, source, names, common_end(source), tokenizer, _copy(path))
 
 
-def _megatron(path: str) -> TokenData:
+def _megatron(path: str, indexes: list[Path]) -> TokenData:
     source = open_source("megatron", megatron.prefix_of(path))
     steps = range(0, source.n_tokens, 1 << 22)
     highest = max(int(source.read(i, min(i + (1 << 22), source.n_tokens)).max()) for i in steps)
     width = source.dtype.itemsize
     dtype = "uint16" if width <= 2 or (width == 8 and highest < 1 << 16) else "uint32"
-    file = f"{megatron.prefix_of(path)}.bin"
-    return TokenData(path, "megatron", dtype, source, (file,), common_end(source), None, None)
+    files = tuple(str(index.with_suffix(".bin")) for index in indexes)
+    losses = tuple(loss for index in indexes for loss in megatron.losses(index, dtype))
+    return TokenData(path, "megatron", dtype, source, files, common_end(source), None, None, losses)
 
 
 def _documents(source: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ D (documents + 1), then int32[N] lengths in tokens, int64[N] byte offsets, int64
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,11 +17,24 @@ from megastage.data.durable import close_discarded, fsync_path
 from megastage.data.packed_memmap import TokenizerFacts, token_bytes
 from megastage.data.sources.megatron import DTYPES, HEADER, MAGIC
 
+_CODES = {"uint16": 8, "uint32": 4}  # what is written for a dtype of the other formats
+
 
 def prefix_of(path: str | os.PathLike[str]) -> Path:
     """The prefix that PREFIX, PREFIX.bin and PREFIX.idx share."""
     path = Path(path)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
+def losses(index: Path, dtype: str) -> Iterator[str]:
+    """What of a file that was opened before gets lost where its documents are written again, here too, as `dtype`."""
+    with open(index, "rb") as stream:
+        stream.seek(len(MAGIC))
+        _, code, n_sequences, n_bounds = HEADER.unpack(stream.read(HEADER.size))
+    if code not in _CODES.values():
+        yield f"{index}: its {np.dtype(DTYPES[code]).name} tokens become {dtype}"
+    if n_sequences != n_bounds - 1:
+        yield f"{index}: its {n_sequences:,} sequences are joined to {n_bounds - 1:,} documents"
 
 
 class MegatronWriter:
@@ -40,9 +54,9 @@ class MegatronWriter:
         overwrite: bool = False,
     ) -> None:
         """Raises ValueError for a dtype other than uint16/uint32, or files that exist."""
-        if dtype not in ("uint16", "uint32"):
+        if dtype not in _CODES:
             raise ValueError(f"dtype {dtype!r}: expected 'uint16' or 'uint32'")
-        self._code, self._limit = (8, 1 << 16) if dtype == "uint16" else (4, 1 << 31)
+        self._code, self._limit = _CODES[dtype], 1 << (16 if dtype == "uint16" else 31)
         self._dtype = np.dtype(DTYPES[self._code])
         self.folder = Path(os.path.abspath(prefix_of(prefix)))
         self._finals = [Path(f"{self.folder}.{suffix}") for suffix in ("bin", "idx")]

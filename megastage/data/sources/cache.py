@@ -19,13 +19,18 @@ from megastage.data.sources.base import SourceError, SourceOptions
 
 LIMIT_GB = 256.0  # MEGASTAGE_CACHE_GB overrides it
 _ABANDONED_S = 86_400.0
-_ENTRY = re.compile(r"[a-z]+-[0-9a-f]{32}")  # KIND-KEY; the time of the folder is that of its last use
+_ENTRY = re.compile(r"(parquet|remote|text)-[0-9a-f]{32}")  # the time of such a folder is that of its last use
 _STARTED = time.time()
 
 
 def cache_folder(options: SourceOptions) -> Path:
     """`options.cache_folder`, else MEGASTAGE_CACHE, else ~/.cache/megastage."""
-    return options.cache_folder or Path(os.environ.get("MEGASTAGE_CACHE", "~/.cache/megastage")).expanduser()
+    return options.cache_folder or named_folder("~/.cache/megastage")
+
+
+def named_folder(default: str | Path) -> Path:
+    """The folder that MEGASTAGE_CACHE names, else `default`."""
+    return Path(os.environ.get("MEGASTAGE_CACHE") or default).expanduser()
 
 
 def entry(name: str, options: SourceOptions, build: Callable[[Path], None], what: str) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from megastage.data.sources.base import IGNORED, Part, SourceError, SourceOptions, TokenSource
-from megastage.data.sources.columnar import data_files
+from megastage.data.sources.columnar import data_files, record_batches
 from megastage.data.sources.decoded import RowFiles
 
 _COLUMNS = ("input_ids", "inputs", "labels", "position_ids", "sequence_lengths")
@@ -26,13 +26,24 @@ _PROBE_ROWS = 64
 def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
     """Open a `save_to_disk` folder or .arrow/.parquet file(s); large ones are mapped, not read."""
     path = Path(path)
-    rows = RowFiles(_COLUMNS, options)
-    batches = [_columns(file, batch) for file in data_files(path) for batch in rows.batches(file) if batch.num_rows]
+    files, rows = data_files(path), RowFiles(_COLUMNS, options)
+    _refuse_padding(files[0])
+    batches = [_columns(file, batch) for file in files for batch in rows.batches(file) if batch.num_rows]
     if not batches:
         raise SourceError(f"{path}: holds no rows")
     layout = _detect_layout(path, batches, options)
     parts = [_part(batch, layout) for batch in batches]
     return TokenSource(parts, path=path, dataset_type="preprocessed", kind="documents", eos_id=options.eos_id)
+
+
+def _refuse_padding(file: Path) -> None:
+    """Padding in the first rows, which only `attention_mask` tells from tokens, would be learnt like text."""
+    for batch in record_batches(file, ("attention_mask",)):
+        if batch.num_columns and not _ragged(file, "attention_mask", batch.column(0)[:_PROBE_ROWS]).values.all():
+            raise SourceError(
+                f"{file}: rows are padded ('attention_mask' has zeros); write them without padding; rows are packed"
+            )
+        return
 
 
 @dataclass(frozen=True)
