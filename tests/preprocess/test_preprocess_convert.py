@@ -75,6 +75,24 @@ def test_a_megatron_file_of_several_sequences_a_document(tmp_path: Path, capsys:
     assert f"note: {tmp_path / 'm.idx'}: its 3 sequences are joined to 2 documents\n" in out
 
 
+@pytest.mark.parametrize("way", ["nanoset", "megatron", "packed_memmap"])
+def test_small_steps_give_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    start = packed(tmp_path / "start")
+    assert main(["inspect", str(start)]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.setattr("megastage.preprocess.datasets._CHUNK_TOKENS", 60)  # a document is longer
+    monkeypatch.setattr("megastage.preprocess.datasets._CHUNK_DOCUMENTS", 2)
+    monkeypatch.setattr("megastage.preprocess.describe._STEP_TOKENS", 7)
+    assert [lengths.tolist() for _, lengths in open_data(str(start)).documents()] == [[4, 2], [201], [51]]
+    assert main(["inspect", str(start)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["convert", str(start), str(tmp_path / "there"), "--to", way]) == 0
+    assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--to", "packed_memmap"]) == 0
+    assert same(start, tmp_path / "back", PACKED)
+
+
 def test_a_folder_of_megatron_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, tokens in (("b", [4, 5]), ("a", [1, 2, 3])):
         with PackedMemmapWriter(tmp_path / name, "uint16") as writer:

@@ -24,7 +24,8 @@ WRITERS: dict[str, type[Writer]] = {
     "nanoset": NanosetWriter,
     "megatron": megatron.MegatronWriter,
 }
-_CHUNK_DOCUMENTS = 1 << 14
+# Taken at a time; a longer document comes alone.
+_CHUNK_DOCUMENTS, _CHUNK_TOKENS = 1 << 14, 1 << 24
 
 
 class DataError(ValueError):
@@ -132,11 +133,14 @@ def _megatron(path: str, indexes: list[Path]) -> TokenData:
 
 
 def _documents(source: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    first = 0
-    for start in range(0, source.doc_ends.size, _CHUNK_DOCUMENTS):
-        ends = source.doc_ends[start : start + _CHUNK_DOCUMENTS].astype(np.int64)
+    all_ends = source.doc_ends
+    first = start = 0
+    while start < all_ends.size:
+        fit = int(np.searchsorted(all_ends, np.array(first + _CHUNK_TOKENS, all_ends.dtype), "right"))
+        stop = min(start + _CHUNK_DOCUMENTS, max(start + 1, fit))
+        ends = all_ends[start:stop].astype(np.int64)
         yield source.read(first, int(ends[-1])), np.diff(ends, prepend=first)
-        first = int(ends[-1])
+        first, start = int(ends[-1]), stop
 
 
 def check_pages(data: TokenData, progress: Callable[[int], None] | None = None) -> None:

@@ -11,6 +11,7 @@ from megastage.data.tokenizer import Tokenizer, load_tokenizer
 from .datasets import DataError, TokenData, check_tokenizer, open_data
 
 _SHOWN_TOKENS = 96
+_STEP_TOKENS = 1 << 22
 _BAR_WIDTH = 40
 
 
@@ -69,13 +70,12 @@ def _rows(data: TokenData, tokenizer: Tokenizer | None, lengths: np.ndarray) -> 
 def _ids_used(data: TokenData) -> tuple[int, int]:
     """(different ids, largest id) over all tokens."""
     seen = np.zeros(1 << 16, dtype=bool)
-    for tokens, _ in data.documents():
-        if not tokens.size:
-            continue
+    for first in range(0, data.n_tokens, _STEP_TOKENS):
+        tokens = data.source.read(first, min(first + _STEP_TOKENS, data.n_tokens))
         highest = int(tokens.max())
         if highest >= seen.size:
             seen = np.concatenate([seen, np.zeros(highest + 1 - seen.size, dtype=bool)])
-        seen[tokens] = True
+        seen[tokens] = True  # as indexes they take 8 bytes each
     return int(seen.sum()), int(np.flatnonzero(seen)[-1])
 
 
