@@ -201,7 +201,6 @@ def test_poor_kernels_fail_and_results_are_cached(tmp_path):
     code = f"""if True:
         import sys
         from pathlib import Path
-from types import SimpleNamespace
         sys.path[:0] = [{str(tmp_path)!r}, {str(REPO)!r}, {str(REPO / "tools")!r}]
         import poor_kernels
         from kernel_probe import gate
