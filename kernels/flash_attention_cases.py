@@ -38,7 +38,7 @@ def _plain_cases(arch: str) -> Iterator[GateCase]:
 
 def _other_cases() -> Iterator[GateCase]:
     def case(name: str, exact: bool = False, **arguments: Any) -> GateCase:
-        return GateCase(name, partial(run, **arguments), fast=False, exact=exact)
+        return GateCase(name, partial(run, **arguments), fast=False, form=True, exact=exact)
 
     yield case("bf16 D64 MHA", D=64, heads="MHA")
     for heads in ("MHA", "MQA", "one head"):

@@ -309,13 +309,14 @@ def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, 
     C, W = logits_CW.shape
     column_C, here_C = _columns(labels_C, first, W)
     grad_CW = logits_CW if logits_CW.dtype == dtype else torch.empty_like(logits_CW, dtype=dtype)
+    peak_C, inverse_C, pull_C = (x[:, None] for x in stats)
+    p_C = (logits_CW.gather(1, column_C).to(peak_C.dtype) - peak_C).exp_() * inverse_C
+    target_C = (p_C - here_C[:, None].to(p_C.dtype)) + p_C * pull_C  # of column 0 where the label is in another tile
+    factor_C = inverse_C * (1 + pull_C)
     for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
-        peak, inverse, pull = (x[:, None] for x in stats.of(rows))
-        x = (logits_CW[rows].to(peak.dtype) - peak).exp_()
-        p = x.gather(1, column_C[rows]) * inverse
-        x *= inverse * (1 + pull)
-        target = torch.where(here_C[rows, None], (p - 1) + p * pull, x.gather(1, column_C[rows]))
-        grad_CW[rows] = x.scatter_(1, column_C[rows], target)
+        x = (logits_CW[rows].to(peak_C.dtype) - peak_C[rows]).exp_()
+        x *= factor_C[rows]
+        grad_CW[rows] = x.scatter_(1, column_C[rows], target_C[rows])
     return grad_CW
 
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+MAIN_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # sm_86 runs sm_80's code with smaller tiles
 MODULES = (
     "flash_attention_cases",
     "rms_norm_triton",
@@ -28,13 +29,15 @@ MODULES = (
 class GateCase:
     """`call` launches kernels on CPU tensors of its own, as `name` says ("bf16 D128").
 
-    fast: part of the quick selection. exact: an fp32 form, for checks and small models: it must compile and fit on the
+    fast: part of the quick selection. form: another form of a listed case (other heads, layouts, dtypes), which
+    docs/kernels-gate.md leaves out. exact: an fp32 form, for checks and small models: it must compile and fit on the
     chip, but is not held to the speed rules, which are those of 16-bit tensor cores.
     """
 
     name: str
     call: Callable[[], object]
     fast: bool = True
+    form: bool = False
     exact: bool = False
 
 
@@ -67,13 +70,16 @@ class KernelSpec:
         return f"{self.kernel} [{self.case}] {self.arch}"
 
 
-def all_cases(architectures: Iterable[str] = ARCHITECTURES, *, fast: bool = False) -> list[tuple[str, GateCase]]:
-    """(architecture, case) of every kernel module; imports Triton. fast: only the quick selection."""
+def all_cases(
+    architectures: Iterable[str] = ARCHITECTURES, *, fast: bool = False, forms: bool = True
+) -> list[tuple[str, GateCase]]:
+    """(architecture, case) of every kernel module; imports Triton. fast: only the quick selection. forms: other forms
+    of the listed cases too."""
     modules = [import_module(f"megastage.kernels.{name}") for name in MODULES]
     return [
         (arch, case)
         for module in modules
         for arch in architectures
         for case in module.gate_cases(arch)
-        if case.fast or not fast
+        if (case.fast or not fast) and (forms or not case.form)
     ]

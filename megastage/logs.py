@@ -60,15 +60,19 @@ def _paint(part: str) -> str:
     return part if code is None else f"\x1b[{code}m{part}\x1b[39m"
 
 
+def bar_size() -> dict[str, Any]:
+    """tqdm's settings for a bar on standard error, a terminal; some, as under `script`, don't know their size."""
+    sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 24}
+
+
 class Progress:
     """A bar over the steps of the run on a terminal; nothing when output is piped or on other ranks."""
 
     def __init__(self, done: int, total: int, *, enabled: bool) -> None:
         self.bar: tqdm[Any] | None = None
         if enabled and sys.stderr.isatty():
-            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # `script` and the like have no size
-            width = {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 24}
-            self.bar = tqdm(total=total, initial=done, unit="step", leave=False, **width)
+            self.bar = tqdm(total=total, initial=done, unit="step", leave=False, **bar_size())
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and stage."""

@@ -2,11 +2,11 @@
 """Compile every shipped kernel for every architecture without a GPU, and fail if one became slow or does not fit.
 
     python tools/kernel_gate.py --fast                       the quick selection (what the tests run)
-    python tools/kernel_gate.py                              everything
+    python tools/kernel_gate.py                              everything, other forms of attention included
     python tools/kernel_gate.py --triton DIR                 with another Triton, installed beside the environment by
                                                              `pip install --no-deps --target DIR triton==3.9.0`
-    python tools/kernel_gate.py --json A.json                all figures; `python tools/kernel_tables.py A.json B.json`
-                                                             makes docs/kernels-gate.md of two Tritons' files
+    python tools/kernel_gate.py --plain --json A.json        figures of every kernel and head dimension; of two Tritons'
+                                                             files tools/kernel_tables.py makes docs/kernels-gate.md
 A kernel fails if it does not compile, spills registers (in the tensor loops; anywhere for kernels without), has its
 wgmma serialised, feeds a tensor loop by plain loads, loads narrowly, does not fit on a multiprocessor, or misses a bar
 of kernel_probe/bars.py. fp32 attention, which is for checks, must compile and fit. Figures of an unchanged source come
@@ -29,7 +29,12 @@ REPO = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="only the quick selection")
-    parser.add_argument("--arch", action="append", help="sm_80, sm_90, sm_100 or gfx942; may be repeated; default all")
+    parser.add_argument("--plain", action="store_true", help="every kernel and head dimension once, no other forms")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        help="sm_80, sm_86, sm_90, sm_100 or gfx942; may be repeated; default all (--fast and --plain: without sm_86)",
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--triton", help="folder of another Triton installation")
     parser.add_argument("--cache", default=str(REPO / ".cache" / "kernel_gate"), help="folder, or 'off'")
@@ -47,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kernel_probe.launches import specs_of
     from kernel_probe.report import table
 
-    from megastage.kernels.registry import ARCHITECTURES, all_cases
+    from megastage.kernels.registry import ARCHITECTURES, MAIN_ARCHITECTURES, all_cases
 
     if unknown := set(options.arch or ()) - set(ARCHITECTURES):
         parser.error(f"--arch {', '.join(sorted(unknown))}: choose from {', '.join(ARCHITECTURES)}")
+    every = MAIN_ARCHITECTURES if options.fast or options.plain else ARCHITECTURES
     start = time.perf_counter()
-    specs = specs_of(all_cases(options.arch or ARCHITECTURES, fast=options.fast))
+    specs = specs_of(all_cases(options.arch or every, fast=options.fast, forms=not options.plain))
     specs = [spec for spec in specs if options.kernel in spec.name]
     if not specs:
         parser.error(f"no kernel has {options.kernel!r} in its name")

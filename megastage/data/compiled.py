@@ -183,15 +183,22 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     room_top = np.full(capacity + 1, -1, np.int64)  # by free room: the bin filled last
     below = np.empty(n, np.int64)  # by bin: the bin with the same room filled before it
     words = np.zeros(capacity // 64 + 1, np.uint64)  # which free rooms have a bin
+    summary = np.zeros(words.size // 64 + 1, np.uint64)  # which words are not zero
     zero, one, factor = np.uint64(0), np.uint64(1), np.uint64(DE_BRUIJN_FACTOR)
     opened = 0
     for item in range(n):
         length = lengths[item]
         word = length >> 6
         bits = words[word] & ((~zero) << np.uint64(length & 63))
-        while bits == zero and word + 1 < words.size:
-            word += 1
-            bits = words[word]
+        if bits == zero:  # the next word that has any
+            high = (word + 1) >> 6
+            some = summary[high] & ((~zero) << np.uint64((word + 1) & 63))
+            while some == zero and high + 1 < summary.size:
+                high += 1
+                some = summary[high]
+            if some != zero:
+                word = (high << 6) | DE_BRUIJN[np.int64(((some & (~some + one)) * factor) >> np.uint64(58))]
+                bits = words[word]
         if bits == zero:
             room, target = capacity, opened
             opened += 1
@@ -200,10 +207,13 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             target = room_top[room]
             room_top[room] = below[target]
             if room_top[room] < 0:
-                words[room >> 6] &= ~(one << np.uint64(room & 63))
+                words[word] &= ~(one << np.uint64(room & 63))
+                if words[word] == zero:
+                    summary[word >> 6] &= ~(one << np.uint64(word & 63))
         bins[item] = target
         room -= length
         below[target] = room_top[room]
         room_top[room] = target
         words[room >> 6] |= one << np.uint64(room & 63)
+        summary[room >> 12] |= one << np.uint64((room >> 6) & 63)
     return bins

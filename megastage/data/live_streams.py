@@ -45,11 +45,11 @@ class LiveMark:
 
     @classmethod
     def from_list(cls, name: str, values: Sequence[int], streams: int) -> LiveMark:
-        """The inverse of `to_list`. Raises ValueError for other numbers of values."""
-        numbers = [int(value) for value in values]
-        drawn, n = numbers[:2] if len(numbers) > 1 else (0, -1)
+        """The inverse of `to_list`. Raises ValueError for other values or another number of them."""
+        numbers = [value for value in values if isinstance(value, int) and value >= 0]
+        drawn, n = numbers[:2] if len(numbers) > 1 else (0, 0)
         at = 2 + 7 * n
-        if n < 1 or len(numbers) != at + 3 * streams:
+        if n < 1 or len(numbers) != len(values) or len(numbers) != at + 3 * streams:
             raise ValueError(
                 f"{name}: the saved place has {len(numbers)} numbers for {n} chunks and {streams} streams; "
                 "resume from another checkpoint"

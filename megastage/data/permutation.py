@@ -56,7 +56,8 @@ class Permutation:
         self._inverse_table: np.ndarray | None = None
         if n <= SMALL:
             index = _mix64_array(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GAMMA))
-            self._table = np.argsort(_mix64_array(index ^ np.uint64(key)), kind="stable").astype(np.int64)
+            # hashes are one to one, so that no ties depend on the way of sorting
+            self._table = np.argsort(_mix64_array(index ^ np.uint64(key))).astype(np.int64)
             return
         a = math.isqrt(n - 1) + 1
         self._a, self._b = np.uint64(a), np.uint64(-(-n // a))

@@ -8,6 +8,7 @@ from typing import Any
 
 from megastage.data.doc_rule import rule_of
 from megastage.data.index import DataIndex, DataStage
+from megastage.data.live_streams import LiveOrder
 from megastage.data.order import Visit
 
 VERSION = 1
@@ -21,7 +22,8 @@ class StageRecord:
     samples: rows of the global order handed out; sources: fingerprints in hex; weights: integer weights; marks: by
     order key, where the stage's rows of that source ended (see `Visit.mark`); min_doc_len, long_doc_len,
     long_doc_share: as `DocRule`, left out of the saved form where all documents are read alike. For people alone, by
-    source (None: not drawn): about how many epochs of it were used by the end, and the tokens that entering skipped.
+    source: about how many epochs of it were used by the end, and the tokens that entering skipped (None: not drawn, or
+    not known).
     """
 
     index: int
@@ -76,14 +78,17 @@ def histories(records: Sequence[StageRecord], index: DataIndex) -> dict[str, lis
 
 
 def note_epochs(records: Sequence[StageRecord], index: DataIndex) -> None:
-    """Put into the last record how many epochs of its sources it and all before it make, as the plan counts them."""
+    """Put into the last record how many epochs of its sources it and all before it make, as the plan counts them.
+
+    None for text that is read as it comes, whose size ranks may know differently well.
+    """
     if not records:
         return
     visits, last = histories(records, index), records[-1]
-    drawn = index.stages[last.index].weights > 0
+    orders = [index.orders.get(key) for key in last.keys]  # none where the weight is 0
     last.epochs = [
-        round(index.orders[key].planned_epochs(visits.get(key, [])), 6) if used else None
-        for key, used in zip(last.keys, drawn.tolist(), strict=True)
+        None if order is None or isinstance(order, LiveOrder) else round(order.planned_epochs(visits.get(key, [])), 6)
+        for key, order in zip(last.keys, orders, strict=True)
     ]
 
 
@@ -116,10 +121,7 @@ def from_json(state: Mapping[str, Any]) -> tuple[list[StageRecord], dict[str, An
 
 
 def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], index: DataIndex) -> None:
-    """The past must be what it was but for names, of which the records take the present ones.
-
-    Raises ValueError that names every changed field with both values.
-    """
+    """The past must be what it was. Raises ValueError that names every changed field with both values."""
     problems = []
     by_number = {stage.index: stage for stage in stages}
     for record in records:
@@ -129,8 +131,7 @@ def check_frozen(records: Sequence[StageRecord], stages: Sequence[DataStage], in
             problems.append(f"{title}: has been read from, but is no longer among the stages that run")
             continue
         now = record_of(stage, index)
-        record.name = stage.name
-        for name in ("seq_len", "seed", "document_mask", "weights", *_RULE):
+        for name in ("name", "seq_len", "seed", "document_mask", "weights", *_RULE):
             before, after = getattr(record, name), getattr(now, name)
             if before != after:
                 label = {"seed": "dataset_random_seed", "weights": "dataset_weights (as integers)"}.get(name, name)

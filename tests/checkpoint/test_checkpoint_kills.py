@@ -142,7 +142,11 @@ def kill_trials(root: Path, trials: int, mode: str, seed: int) -> None:
             finally:
                 os._exit(3)
         os.close(write)
-        time.sleep(rng.uniform(0.01, 0.15))
+        wanted = reached + rng.randint(0, 4)  # by what is on disk, so that a busy machine gets as far
+        deadline = time.monotonic() + 60
+        while max(folders.complete_steps(root), default=0) < wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         said = b""

@@ -146,3 +146,25 @@ def test_an_open_batch_is_not_guessed_where_a_checkpoint_will_say_it(tmp_path: P
     other = {"initial_load_path": "elsewhere", "initial_load_model_only": False}
     tables["job"] = {"dump_folder": str(tmp_path / "new")}
     assert check(Config.model_validate({**tables, "checkpoint": other}), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "tp", "fits"),
+    [(12, 4, 2, True), (12, 4, 12, True), (12, 4, 6, False), (12, 3, 6, True), (12, 3, 4, False), (12, 1, 4, True)],
+)
+def test_which_degrees_split_the_heads(heads: int, shared: int, tp: int, fits: bool) -> None:
+    """Whole query heads, and whole key/value heads or one that several ranks share."""
+    cfg = Config.model_validate(
+        {
+            "model": {"dim": 96, "n_heads": heads, "n_kv_heads": shared, "head_dim": 8},
+            "parallelism": {"tensor_parallel_degree": tp},
+            "training": {"dataset_type": "nanoset", "dataset_path": "/data", "seq_len": 96},
+        }
+    )
+    problems = check(cfg, tp)
+    assert fits == (problems == [])
+    if not fits:
+        assert f"has {heads} query heads" in problems[0]
+        assert problems[0].endswith(
+            f"use one of {[d for d in (1, 2, 3, 4, 6, 12) if shared % d == 0 or d % shared == 0]}"
+        )

@@ -41,23 +41,12 @@ def test_future_stages_may_be_edited(data):
     assert later == run_stages(stages, state=states[7], steps=14)[1]
 
 
-def test_a_name_is_no_part_of_the_past(data):
-    """As the comparison of configurations has it; what was consumed goes by the new name."""
-    stages = stages_of(data)
-    _, digests, states = run_stages(stages, steps=8)
-    renamed = [replace(stages[0], name="uno"), *stages[1:]]
-    later, later_digests, later_states = run_stages(renamed, state=states[6])
-    assert later
-    assert later_digests[0] == digests[7]
-    assert [record["name"] for record in later_states[-1]["stages"]][:2] == ["uno", "two"]
-    assert next(iter(DataEngine.build(renamed, state=states[6]).consumed_rows())) == "uno"
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"seq_len": 32}, "stage 1 'one': seq_len was 16 in the checkpoint and is 32 now"),
         ({"dataset_random_seed": 6}, "stage 1 'one': dataset_random_seed was 1234 in the checkpoint and is 6 now"),
+        ({"name": "uno"}, "stage 1 'one': name was 'one' in the checkpoint and is 'uno' now"),
         ({"document_mask": False}, "stage 1 'one': document_mask was True in the checkpoint and is False now"),
         (
             {"dataset_weights": (0.5, 0.5)},

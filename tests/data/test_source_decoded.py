@@ -75,6 +75,23 @@ def test_many_small_files_take_no_more_memory_than_one(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_compressed_arrow_files_are_bounded_in_memory_too(tmp_path, monkeypatch, codec, form):
+    table = pa.table({"input_ids": pa.array(DOCS, pa.list_(pa.int32()))})
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, form(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=50)
+    for bound, kept in ((1 << 20, 0), (1000, 1)):
+        monkeypatch.setattr(decoded, "IN_MEMORY_BYTES", bound)
+        before = pa.total_allocated_bytes()
+        source = open_source("preprocessed", tmp_path / "x.arrow", SourceOptions(cache_folder=tmp_path / "cache"))
+        assert source.read(0, source.n_tokens).tolist() == flat(DOCS)
+        assert (pa.total_allocated_bytes() > before) == (not kept)
+        assert len(list(tmp_path.glob("cache/*"))) == kept
+        del source
+
+
 def test_each_file_is_decoded_once_and_later_known_by_its_footer(tmp_path, parquet, monkeypatch):
     decodings = []
     original = columnar._parquet_batches

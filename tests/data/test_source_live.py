@@ -45,20 +45,19 @@ def same_rows(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.parametrize("eos_id", [299, None])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "eos_id"), [*((kind, 299) for kind in KINDS), ("jsonl", None), ("txt", None)])
 def test_rows_are_those_of_text_that_was_tokenized_before(tmp_path, kind, eos_id):
-    texts = make_texts(150)
+    texts = make_texts(90, mean=150)
     path = write_texts(tmp_path / "in", kind, texts)
     cached, live = (opened(path, tmp_path, live=live, tokenizer=Bytes(eos_id)) for live in (False, True))
     before, now = (order_of(source, 0, [64], None) for source in (cached, live))
     assert (now.streams, live.streams) == (before.streams, before.streams)
     history = []
-    for seq_len, count in ((64, 120), (17, 201), (500, 60), (64, 400)):  # some three epochs
+    for seq_len, count in ((64, 120), (17, 201), (500, 60), (64, 400)):  # some two epochs
         cursors = [order.enter(history, seq_len) for order in (before, now)]
         done = 0
         while done < count:
-            counters = np.arange(done, min(done + 37, count))
+            counters = np.arange(done, min(done + 61, count))
             expected, found = (cursor.rows(counters) for cursor in cursors)
             assert same_rows(expected, found)
             assert tokens_of(cached, expected) == tokens_of(live, found)
@@ -80,13 +79,13 @@ def rows_from(path, folder, *, tokenizer=None, mark=None, history=(), seq_len=50
     return rows, marks
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "gz", "array", "txt", "parquet", "arrow", "mixed"])
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "txt", "parquet", "mixed"])
 def test_going_on_from_a_mark_with_an_empty_cache(tmp_path, kind):
     path = write_texts(tmp_path / "in", kind, make_texts(260, seed=3))
-    expected, marks = rows_from(path, tmp_path, stop=1500)
+    expected, marks = rows_from(path, tmp_path, stop=1300)
     before = Bytes()
     opened(path, tmp_path / "opening", tokenizer=before)
-    for number, cut in enumerate((13, 26, 403, 819, 1300, 1495)):
+    for number, cut in enumerate((13, 403, 819, 1287)):
         tokenizer = Bytes()
         rows, _ = rows_from(
             path, tmp_path / f"cold{number}", tokenizer=tokenizer, mark=marks[cut], start=cut, stop=cut + 5, step=5
@@ -108,20 +107,24 @@ def test_the_mark_of_an_earlier_stage_is_gone_on_from(tmp_path):
     assert expected == cold == walked
 
 
-@pytest.mark.parametrize("change", ["short", "crc32", "row", "drawn"])
+@pytest.mark.parametrize("change", ["short", "kind", "crc32", "place", "row", "drawn"])
 def test_a_damaged_mark_is_an_error_that_names_the_source(tmp_path, change):
     path = write_texts(tmp_path / "in", "jsonl", make_texts(100))
     _, marks = rows_from(path, tmp_path, stop=60, step=20)
     mark = list(marks[40])
     if change == "short":
         mark.pop()
+    elif change == "kind":
+        mark[3] = "1"
+    elif change == "place":
+        mark[3] += 5
     elif change == "crc32":
         mark[8] ^= 1
     elif change == "row":
         mark[-2] += 1_000_000
     source = opened(path, tmp_path)
     history = [Visit(50, 100)] if change == "drawn" else []
-    with pytest.raises(ValueError, match=r"in: (the saved place|its text, or what)"):
+    with pytest.raises(ValueError, match=r"in(: the saved place|: its text, or what|/part-000.jsonl and what follows)"):
         order_of(source, 0, [50], None).enter(history, 50, mark).rows(np.arange(40, 40 + 64))
 
 
@@ -183,11 +186,11 @@ def test_validation_reads_the_rows_of_text_tokenized_before(tmp_path, steps):
 @pytest.mark.parametrize("limit", ["0", "0.00005"])
 def test_the_cache_is_bounded_and_what_was_removed_is_made_again(tmp_path, monkeypatch, limit):
     path = write_texts(tmp_path / "in", "gz", make_texts(400, seed=5))
-    expected, _ = rows_from(path, tmp_path, stop=1500)
+    expected, _ = rows_from(path, tmp_path, stop=700)
     monkeypatch.setenv("MEGASTAGE_CACHE_GB", limit)
     monkeypatch.setattr(chunks, "_TIDY_EVERY", 1)
-    rows, _ = rows_from(path, tmp_path / "tight", stop=260)
-    assert rows == expected[:260]
+    rows, _ = rows_from(path, tmp_path / "tight", stop=130)
+    assert rows == expected[:130]
     held = sum(f.stat().st_size for f in (tmp_path / "tight").rglob("*") if f.is_file())
     assert held < float(limit) * 1e9 + 40_000
     assert held < sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*") if f.is_file()) / 3

@@ -88,13 +88,13 @@ def memory_guard():
         guard.launched.add(self.fn.__name__)
         return launch(self, *args, **kwargs)
 
-    def guarded_load(self, pointers, mask, *rest):
+    def guarded_load(self, pointers, mask, *rest, **named):
         guard.check(pointers.data, mask.data, ranges, pointers.get_element_ty().primitive_bitwidth // 8)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def guarded_store(self, pointers, value, mask, *rest):
+    def guarded_store(self, pointers, value, mask, *rest, **named):
         guard.check(pointers.data, mask.data, ranges, pointers.get_element_ty().primitive_bitwidth // 8)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     def guarded_update(self, operation, pointers, value, mask, *rest):
         guard.check(pointers.data, mask.data, ranges, pointers.get_element_ty().primitive_bitwidth // 8)

@@ -158,7 +158,7 @@ def descriptors(monkeypatch):
     ],
     ids=["causal", "documents"],
 )
-def test_descriptors_agree_with_the_definition(case, descriptors):
+def test_descriptors_agree_with_the_definition(case, descriptors, guard):
     check(case, torch.float32, "triton")
     assert descriptors
     assert all(descriptors)

@@ -46,7 +46,7 @@ def losses(config: Path, out: Path, backend: str, **layout: int) -> list[float]:
     back_ends = [flag for op in OPS for flag in (f"--kernels.{op}", backend)]
     world = layout.get("dp", 1) * layout.get("tp", 1) * layout.get("pp", 1)
     argv = ["--config", str(config), "--job.dump_folder", str(out), *TINY, *SMALL, *back_ends, *layout_flags(**layout)]
-    return [record["loss"] for record in train(world, argv)]
+    return [record["loss"] for record in train(world, argv, timeout_s=600)]
 
 
 @pytest.mark.parametrize(

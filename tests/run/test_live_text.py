@@ -107,7 +107,7 @@ def test_losses_are_those_of_text_tokenized_before(config, uncut, tmp_path):
     assert not list((tmp_path / "cache").glob("live-*"))
 
 
-@pytest.mark.parametrize("step", [4, 5, 6], ids=["within", "boundary", "after"])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_bit_for_bit_with_an_empty_cache(step, config, uncut, tmp_path):
     _cut_after(uncut, tmp_path / "out", step)
     train(1, _argv(config, tmp_path / "out"))
@@ -118,7 +118,7 @@ def test_bit_for_bit_with_an_empty_cache(step, config, uncut, tmp_path):
         np.testing.assert_array_equal(resumed[key], value, err_msg=key)
 
 
-@pytest.mark.parametrize("layout", [{"dp": 2}, {"dp": 4}, {"tp": 2, "pp": 2}], ids=["dp2", "dp4", "tp2pp2"])
+@pytest.mark.parametrize("layout", [{"dp": 2}, pytest.param({"dp": 4}, marks=pytest.mark.slow), {"tp": 2, "pp": 2}])
 def test_another_layout_goes_on_alike(layout, config, uncut, tmp_path):
     _cut_after(uncut, tmp_path / "out", 4)
     world = int(np.prod(list(layout.values())))

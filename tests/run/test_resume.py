@@ -162,19 +162,6 @@ def test_an_edited_past_is_refused_before_any_tensor_is_read(uncut, config, tmp_
     assert (out / "checkpoint" / "step-5").is_dir()
 
 
-def test_a_stage_that_has_begun_may_be_renamed(uncut, config, tmp_path):
-    _cut_after(uncut["one"], tmp_path, 6)
-    run = train(1, _argv(config, tmp_path, {}, "--training.data_stages.0.name", "opening"))
-    full = records(["--job.dump_folder", str(uncut["one"])])
-    assert [r["loss"] for r in run] == [r["loss"] for r in full]
-    state = json.loads((tmp_path / "checkpoint" / "step-8" / "train_state.json").read_text())
-    assert {name: sum(rows.values()) for name, rows in state["consumed_samples"].items()} == {
-        "opening": 16,
-        "second": 16,
-    }
-    assert [stage["name"] for stage in state["dataloader_state"]["stages"]] == ["opening", "second"]
-
-
 def test_two_runs_do_not_share_a_checkpoint_folder(uncut, config, tmp_path, capfd):
     out = tmp_path / "out"
     _cut_after(uncut["one"], out, 7)

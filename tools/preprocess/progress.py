@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from megastage.logs import bar_size
+
 _LINE_EVERY_S = 10.0
 
 
@@ -19,7 +21,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, **bar_size())
 
     def set(self, done_bytes: int) -> None:
         """Note that `done_bytes` in all are done."""

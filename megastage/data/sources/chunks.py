@@ -36,8 +36,8 @@ from megastage.data.sources.cache import Room, bytes_in, entry
 from megastage.data.sources.encoding import batches, encode
 
 MAX_CHARACTERS, MIN_CHARACTERS = 8 << 20, 1 << 16
-_DOCUMENT_CHARACTERS = 16  # what a document counts beside its text, so that empty ones end a chunk too
-_AHEAD = 3
+_DOCUMENT_CHARACTERS = 64  # what a document counts beside its text, so that empty ones end a chunk too
+_AHEAD, _TRIES = 3, 3
 _TIDY_EVERY = 32  # chunks made between two looks at how much the cache holds
 _TOKENS, _FACTS = "packed", "chunk.json"
 
@@ -119,7 +119,7 @@ class TextChunks:
         chunk = self._load(start)
         if chunk is None:
             with self._alone():
-                chunk = self._load(start) or self._make(start)
+                chunk = self._load(start, repair=True) or self._make(start)
         behind = chunk.next if ahead else None
         if behind is not None and (start.number > self._front or not self._path(behind.number).exists()):
             self._begin_ahead(chunk)
@@ -149,8 +149,8 @@ class TextChunks:
     def _path(self, number: int) -> Path:
         return self._folder / f"chunk-{number:08d}"
 
-    def _load(self, start: ChunkStart) -> Chunk | None:
-        """The chunk as it lies in the cache; None where it is missing or damaged."""
+    def _load(self, start: ChunkStart, *, repair: bool = False) -> Chunk | None:
+        """The chunk as it lies in the cache; None where it is missing or damaged. repair: then remove what is left."""
         folder = self._path(start.number)
         try:
             facts = json.loads((folder / _FACTS).read_bytes())
@@ -162,34 +162,38 @@ class TextChunks:
                 data = (verify if first else open_packed_memmap)(folder / _TOKENS)
                 tokens, ends = data.tokens, data.doc_ends.view(np.int64)
             self._verified.add(start.number)
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
+            # one that another process has just finished is whole: it must not go
+            torn = not isinstance(error, FileNotFoundError) or (folder.is_dir() and not (folder / _FACTS).exists())
+            if repair and torn:
+                shutil.rmtree(folder, ignore_errors=True)
             return None
         with suppress(OSError):
             for used in (self._folder, folder / _FACTS):  # what was used last is removed last
                 os.utime(used)
         if facts["start"] != start.to_list():
             raise SourceError(
-                f"{folder}: was made from another text: it begins at {facts['start']}, expected {start.to_list()}; "
-                "the text has changed while it was read. Leave it alone, and remove this folder"
+                f"{self._files[0]} and what follows it: {folder} begins at {facts['start']} of it, but the run, or its "
+                f"checkpoint, expects {start.to_list()}: the text has changed while it was read; put it back as it was"
             )
         behind = None if facts["next"] is None else ChunkStart.from_list(facts["next"])
         return Chunk(start, behind, tokens, ends, facts["tokens_crc32"], facts["characters"])
 
     def _make(self, start: ChunkStart) -> Chunk:
-        """Tokenize a chunk into the cache, in the place of a damaged one. Called by one thread at a time."""
+        """Tokenize a chunk into the cache. Called by one thread at a time."""
 
         def build(folder: Path) -> None:
             self._build(start, folder)
 
-        shutil.rmtree(self._path(start.number), ignore_errors=True)
-        entry(self._path(start.number).name, self._options, build, "tokenizes it")
-        self._verified.add(start.number)
-        if start.number % _TIDY_EVERY == _TIDY_EVERY - 1:
-            self._tidy(start.number)
-        chunk = self._load(start)
-        if chunk is None:
-            raise SourceError(f"{self._path(start.number)}: gone as soon as it was written; leave the cache alone")
-        return chunk
+        for _ in range(_TRIES):  # another process may remove it to make room
+            entry(self._path(start.number).name, self._options, build, "tokenizes it")
+            self._verified.add(start.number)
+            if start.number % _TIDY_EVERY == _TIDY_EVERY - 1:
+                self._tidy(start.number)
+            chunk = self._load(start, repair=True)
+            if chunk is not None:
+                return chunk
+        raise SourceError(f"{self._path(start.number)}: gone or damaged as soon as it was written; check the disk")
 
     def _build(self, start: ChunkStart, folder: Path) -> None:
         tokenizer = self._tokenizer

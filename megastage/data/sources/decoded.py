@@ -1,7 +1,7 @@
-"""Parquet files decoded for reading at random: small ones in memory, large ones in Arrow files in the node's cache.
+"""Encoded files decoded for reading at random: small ones in memory, large ones in Arrow files in the node's cache.
 
-Parquet pages are encoded and mostly compressed, so they can't be mapped; decoding a row group for every row read at
-random would cost thousands of times the row.
+Parquet pages are encoded and mostly compressed, and Arrow files may be compressed, so they can't be mapped; decoding a
+row group for every row read at random would cost thousands of times the row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from megastage.data.durable import fsync_path
 from megastage.data.sources.base import SourceError, SourceOptions
 from megastage.data.sources.cache import Room, entry, find
-from megastage.data.sources.columnar import parquet_bytes, record_batches
+from megastage.data.sources.columnar import column_names, parquet_bytes, record_batches
 
 IN_MEMORY_BYTES = 64 << 20  # decoded, of all files of a data set together: every rank holds its own
 _FOOTER_BYTES = 1 << 16
@@ -30,13 +30,13 @@ class RowFiles:
         self._columns, self._options, self._left = columns, options, IN_MEMORY_BYTES
 
     def batches(self, file: Path) -> Iterable[pa.RecordBatch]:
-        """Views of an Arrow file, or of the Arrow copy of a Parquet file, or decoded batches while there is memory.
+        """Views of an Arrow file, or of the plain copy of an encoded one, or decoded batches while there is memory.
 
         Raises SourceError for a damaged file, or where the copy is missing and this process must not make it.
         """
-        if file.suffix != ".parquet":
+        if file.suffix != ".parquet" and not _is_compressed(file):
             return record_batches(file, self._columns)
-        name = f"parquet-{_key(file, self._columns)}"
+        name = f"decoded-{_key(file, self._columns)}"
         if find(name, self._options) is None:
             held = self._in_memory(file)
             if held is not None:
@@ -47,7 +47,8 @@ class RowFiles:
     def _in_memory(self, file: Path) -> list[pa.RecordBatch] | None:
         """The whole file decoded; None where that takes more memory than is left."""
         held, taken = [], 0
-        if parquet_bytes(file) > self._left:
+        recorded = parquet_bytes(file) if file.suffix == ".parquet" else file.stat().st_size
+        if recorded > self._left:
             return None
         for batch in record_batches(file, self._columns):
             taken += batch.nbytes  # repeated values can take any amount more than is recorded
@@ -68,6 +69,13 @@ class RowFiles:
                 raise SourceError(f"{file}: holds no rows")
             writer.close()
         fsync_path(target)
+
+
+def _is_compressed(file: Path) -> bool:
+    """Whether reading the first batch of an Arrow file takes memory of its own."""
+    before = pa.total_allocated_bytes()
+    first = next(record_batches(file, tuple(column_names(file))), None)
+    return first is not None and pa.total_allocated_bytes() > before
 
 
 def _key(file: Path, columns: tuple[str, ...]) -> str:

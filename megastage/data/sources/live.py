@@ -25,7 +25,7 @@ from megastage.data.streams import MAX_STREAMS
 
 K = TypeVar("K")
 
-_OPEN_CHUNKS = 96  # mapped at a time; each holds two files open
+_OPEN_CHUNKS = 96  # mapped at a time: one for each stream, and some that are made ahead
 _PACKED_RATIO = 3  # of compressed text, for estimates
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from megastage.data.sources.base import IGNORED, Part, SourceError, SourceOptions, TokenSource
-from megastage.data.sources.columnar import data_files, record_batches
+from megastage.data.sources.columnar import column_names, data_files, record_batches
 from megastage.data.sources.decoded import RowFiles
 
 _COLUMNS = ("input_ids", "inputs", "labels", "position_ids", "sequence_lengths")
+_MASK = "attention_mask"
 _PROBE_ROWS = 64
 
 
@@ -37,13 +38,10 @@ def open_folder(path: Path | str, options: SourceOptions) -> TokenSource:
 
 
 def _refuse_padding(file: Path) -> None:
-    """Padding in the first rows, which only `attention_mask` tells from tokens, would be learnt like text."""
-    for batch in record_batches(file, ("attention_mask",)):
-        if batch.num_columns and not _ragged(file, "attention_mask", batch.column(0)[:_PROBE_ROWS]).values.all():
-            raise SourceError(
-                f"{file}: rows are padded ('attention_mask' has zeros); write them without padding; rows are packed"
-            )
-        return
+    """Padding in the first rows, which only this column tells from tokens, would be learnt like text."""
+    first = next(record_batches(file, (_MASK,)), None) if _MASK in column_names(file) else None
+    if first is not None and not _ragged(file, _MASK, first.column(0)[:_PROBE_ROWS]).values.all():
+        raise SourceError(f"{file}: rows are padded ('{_MASK}' has zeros); write them without padding; rows are packed")
 
 
 @dataclass(frozen=True)
