@@ -287,7 +287,8 @@ def _dkv_cut_blocks(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["stride_bounds"])
+# GROUPS = 1 as a constant unrolls the loops over heads, and Triton 3.9 then spills
+@triton.jit(do_not_specialize=["stride_bounds", "GROUPS"])
 def attention_dkv_kernel(
     Q_DESC, DOUT_DESC, Q, K, V, DOUT, LSE2, DELTA, DK, DV, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
