@@ -19,7 +19,7 @@ from megastage.data.sources.base import SourceError, SourceOptions
 
 LIMIT_GB = 256.0  # MEGASTAGE_CACHE_GB overrides it
 _ABANDONED_S = 86_400.0
-_ENTRY = re.compile(r"(decoded|remote|text)-[0-9a-f]{32}")  # the time of such a folder is that of its last use
+_ENTRY = re.compile(r"(decoded|live|remote|text)-[0-9a-f]{32}")  # the time of such a folder is that of its last use
 _STARTED = time.time()
 
 
