@@ -55,7 +55,7 @@ def test_the_cache_is_bounded_and_what_was_used_longest_ago_goes_first(opened, m
     assert opened("a") is None  # there already, and in use from now on
     c = opened("c")
     assert [folder.exists() for folder in (a, b, c)] == [True, False, True]
-    assert cache._bytes_in(a.parent) <= 250_000
+    assert cache.bytes_in(a.parent) <= 250_000
     with pytest.raises(SourceError, match=r"do not fit the cache of 0.00 GB beside the run's other sources"):
         opened("b")
     assert a.exists()
