@@ -1,13 +1,36 @@
-"""Draw orders on their way from rank 0: a long period is sent faster than every rank makes it."""
+"""Draw orders on rank 0, made while sources are opened, and on their way to the others: sent faster than made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from megastage.data.blend import COMPILE_FROM, BlendTable
+from megastage.data.blend import COMPILE_FROM, BlendTable, integer_weights
 from megastage.data.collective import Group, broadcast_bytes
+
+
+@contextmanager
+def tables_made(weightings: Iterable[Sequence[float]]) -> Iterator[dict[bytes, BlendTable]]:
+    """Draw orders by the bytes of their integer weights, made by another thread: all are there when this is left.
+
+    Weights that can't be used are passed over; they are reported where a stage asks for its table.
+    """
+    tables: dict[bytes, BlendTable] = {}
+
+    def make() -> None:
+        for weighting in weightings:
+            with suppress(ValueError):
+                weights = integer_weights(weighting)
+                if weights.tobytes() not in tables:
+                    tables[weights.tobytes()] = BlendTable.build(weights)
+
+    with ThreadPoolExecutor(1, "data-tables") as other:
+        made = other.submit(make)
+        yield tables
+        made.result()
 
 
 def long_tables(tables: Sequence[BlendTable]) -> list[BlendTable]:

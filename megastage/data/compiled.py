@@ -50,7 +50,7 @@ def compile_loop(function: Callable[..., Any], *, nogil: bool = False) -> Callab
 @lru_cache(maxsize=1)
 def blend_period() -> Callable[..., Any] | None:
     """Compiled `(weights int64[k], period) -> (source int16[W], rank int32[W])`, k >= 2, or None."""
-    release_order, sweep = compile_loop(_release_order), compile_loop(_sweep)
+    release_order, sweep = (compile_loop(function, nogil=True) for function in (_release_order, _sweep))
     if release_order is None or sweep is None:
         return None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megastage.data.blend import BlendTable, integer_weights
-from megastage.data.blend_tables import broadcast_tables, long_tables
+from megastage.data.blend_tables import broadcast_tables, long_tables, tables_made
 from megastage.data.collective import Group, broadcast_bytes, gather_bytes, rank_of
 from megastage.data.data_stage import DataStage
 from megastage.data.doc_rule import DocRule, rule_of
@@ -112,9 +112,10 @@ def build_index(
     if rank_of(group) == 0:
         problems: list[str] = []
         try:
-            opened = _open_all(stages, options, problems)
+            with tables_made(stage.dataset_weights for stage in _running(stages)) as ahead:
+                opened = _open_all(stages, options, problems)
             problems.extend(_tokenizer_problems(opened.values(), options))
-            built = _index(stages, opened, vocab_size, settings or {}, problems, superblock_tokens)
+            built = _index(stages, opened, vocab_size, settings or {}, problems, superblock_tokens, ahead)
             report = {"problems": problems} if problems else _describe(built)
         except Exception as error:  # whatever it is, the others must not wait for it
             report = {"problems": [*problems, f"{type(error).__name__}: {error}"]}
