@@ -81,8 +81,8 @@ def test_the_variable_comes_before_a_run_s_own_folder(tmp_path, monkeypatch):
 
 def test_other_things_in_the_folder_are_neither_counted_nor_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGASTAGE_CACHE_GB", "1e-6")
-    others = [tmp_path / f"live-{'0' * 32}", tmp_path / "decoded-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
-    for folder in [*others, tmp_path / f"text-{'0' * 32}"]:
+    others = [tmp_path / f"other-{'0' * 32}", tmp_path / "decoded-short", tmp_path / f".text-{'0' * 32}-host-1-2"]
+    for folder in [*others, *(tmp_path / f"{kind}-{'0' * 32}" for kind in ("decoded", "live", "remote", "text"))]:
         folder.mkdir()
         (folder / "file").write_bytes(bytes(2000))
         os.utime(folder, (LONG_AGO, LONG_AGO))
