@@ -218,7 +218,6 @@ def open_sinks(cfg: Config, rt: Runtime, done_steps: int) -> list[Sink]:
         name = "metrics.jsonl" if rt.is_main else f"metrics-rank{rt.rank}.jsonl"
         rewound = cfg.checkpoint.load_step >= 0 and rt.restarts == 0
         sinks.append(JsonLines(folder / name, done_steps, rewound=rewound))
-    if rt.is_main or cfg.metrics.save_for_all_ranks:
         if cfg.metrics.enable_tensorboard:
             mine = "" if rt.is_main else f"rank{rt.rank}"
             sinks.append(TensorBoard(folder / cfg.metrics.save_tb_folder / mine, done_steps))

@@ -33,9 +33,9 @@ def stages_of(data, **changes):
     return [replace(stage, **changes) for stage in (one, two, three, four)]
 
 
-def run_stages(stages, *, ranks=1, rank=0, state=None, workers=0, steps=None):
-    """(batches, digests, state after each step) of a run through the stages, from `state` on."""
-    engine = DataEngine.build(stages, state=state, num_workers=workers)
+def run_stages(stages, *, ranks=1, rank=0, state=None, workers=0, steps=None, **settings):
+    """(batches, digests, state after each step) of a run through the stages from `state` on; settings: the engine's."""
+    engine = DataEngine.build(stages, state=state, num_workers=workers, **settings)
     done = sum(record["samples"] // 8 for record in state["stages"]) if state else 0
     batches, digests, states = [], [], []
     entered = None

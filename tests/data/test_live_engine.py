@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_runs import same
+from engine_runs import run_stages, same
 from live_texts import Bytes, make_texts, write_texts
 from source_files import FakeStage, documents, write_nanoset
 
@@ -47,26 +47,20 @@ def stages_of(root):
     return [one, two, three, four, replace(one, index=4, name="five", start_step=24, end_step=60)]
 
 
+def settings(cache, live):
+    return {
+        "options": SourceOptions(tokenizer=Bytes(), cache_folder=cache, live_bytes=0 if live else None),
+        "vocab_size": 300,
+    }
+
+
 def engine_of(stages, cache, *, live=True, state=None, workers=0):
-    options = SourceOptions(tokenizer=Bytes(), cache_folder=cache, live_bytes=0 if live else None)
-    return DataEngine.build(stages, state=state, options=options, num_workers=workers, vocab_size=300)
+    return DataEngine.build(stages, state=state, num_workers=workers, **settings(cache, live))
 
 
-def run(stages, cache, *, live=True, state=None, workers=0, ranks=1, rank=0, steps=60):
-    """(batches, digests, states) of the steps that `state` leaves."""
-    engine = engine_of(stages, cache, live=live, state=state, workers=workers)
-    done = sum(record["samples"] // 8 for record in state["stages"]) if state else 0
-    batches, digests, states, entered = [], [], [], None
-    for step in range(done, steps):
-        stage = next(s for s in stages if s.start_step <= step < s.end_step)
-        if stage.index != entered:
-            engine.enter(stage.index, data_rank=rank, data_ranks=ranks)
-            entered = stage.index
-        batches.append(engine.next())
-        digests.append(engine.sample_digest())
-        states.append(json.loads(json.dumps(engine.state())))
-    engine.close()
-    return batches, digests, states
+def run(stages, cache, *, live=True, **how):
+    """(batches, digests, states) of the steps that a state leaves."""
+    return run_stages(stages, **how, **settings(cache, live))
 
 
 def read_steps(engine, steps):
