@@ -113,14 +113,14 @@ def linear_cross_entropy_op(
     """
     N, V = hidden_ND.shape[0], weight_VD.shape[0]
     wide = _wide(hidden_ND.dtype)
-    chunk_vocab = chunk_vocab or max(V, 1)
-    tiles = _Tiles(weight_VD, vocab_start, z_loss, chunk_tokens, chunk_vocab, group_name, triton)
+    whole_rows = _whole_rows(V, chunk_vocab, group_name)
+    tiles = _Tiles(weight_VD, vocab_start, z_loss, chunk_tokens, chunk_vocab or max(V, 1), group_name, triton)
     # with whole rows a token chunk is finished before the next one; with tiles all tokens are finished together
-    together = chunk_tokens if chunk_vocab >= V else max(N, 1)
+    together = chunk_tokens if whole_rows else max(N, 1)
     loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
     losses_N = torch.empty(N, dtype=wide, device=hidden_ND.device)
     if with_grad:
-        grad_hidden = torch.zeros_like(hidden_ND, dtype=None if chunk_vocab >= V else wide)
+        grad_hidden = torch.zeros_like(hidden_ND, dtype=None if whole_rows else wide)
         grad_weight = torch.zeros_like(weight_VD, dtype=None if together >= N else wide)
     else:
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
@@ -173,9 +173,16 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_contex
 def linear_cross_entropy_flop(hidden_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     """2NDV for the logits, again if they are computed twice, and 4NDV for both gradients."""
     (N, D), V = hidden_shape, weight_shape[0]
-    chunk_vocab, with_grad = args[4], args[6]
-    passes = 1 + with_grad * (2 + (0 < chunk_vocab < V))
-    return 2 * N * D * V * passes
+    _, _, _, chunk_tokens, chunk_vocab, group_name, with_grad, *_ = args
+    one_tile = chunk_tokens >= N and (chunk_vocab >= V or not chunk_vocab)
+    twice = not one_tile and not _whole_rows(V, chunk_vocab, group_name)
+    return 2 * N * D * V * (1 + with_grad * (2 + twice))
+
+
+def _whole_rows(V: int, chunk_vocab: int, group_name: str) -> bool:
+    """Whether token chunks are finished one by one. In a group the answer must not depend on V: ranks that hold parts
+    of other sizes must make the same collective calls."""
+    return not chunk_vocab or (chunk_vocab >= V and not group_name)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,11 +1,9 @@
-"""The ops as PyTorch operators: schemas, fake tensors, compile, selective recomputation, FLOPs, tensor parallel."""
+"""The ops as PyTorch operators: schemas, fake tensors, compile, selective recomputation, FLOPs."""
 
 import functools
-from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +17,6 @@ from megastage.kernels.optimizer import adamw_op, step_scalars
 from megastage.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_backward_op, rms_norm_op
 from megastage.kernels.rope import rope_qk, rope_qk_inplace_op, rope_qk_op
 from megastage.kernels.swiglu import swiglu, swiglu_backward_op, swiglu_op
-from ranks import run_ranks
 
 
 def leaf(*shape):
@@ -174,36 +171,3 @@ def test_no_gradient_means_no_gradient_work():
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def tensor_parallel_error():
-    """Largest relative error of loss and gradients on this rank against float64 on whole tensors."""
-    dist.init_process_group("gloo")
-    generator = torch.Generator().manual_seed(0)
-    h_all, w_all = torch.randn(7, 6, generator=generator), 2 * torch.randn(11, 6, generator=generator)
-    labels = torch.tensor([0, 3, 4, 10, -100, 7, 9])
-    first, last = (0, 4, 11)[dist.get_rank() : dist.get_rank() + 2]  # uneven shards
-    h64, w64 = h_all.double().requires_grad_(), w_all.double().requires_grad_()
-    logits = h64 @ w64.mT
-    lse = torch.where(labels == -100, 0, logits.logsumexp(-1))
-    true = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") + 1e-2 * lse.square().sum()
-    true_h, true_w = torch.autograd.grad(true, (h64, w64))
-    worst = 0.0
-    for backend, (chunk_tokens, chunk_vocab) in product(("torch", "triton"), ((1024, 0), (3, 0), (3, 2))):
-        h, w = h_all.clone().requires_grad_(), w_all[first:last].clone().requires_grad_()
-        loss = linear_cross_entropy(
-            h, w, labels, vocab_start=first, z_loss=1e-2, chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab,
-            group=dist.group.WORLD, backend=backend,
-        )  # fmt: skip
-        grad_h, grad_w = torch.autograd.grad(loss, (h, w))
-        dist.all_reduce(grad_h)
-        for ours, exact in ((loss, true), (grad_h, true_h), (grad_w, true_w[first:last])):
-            worst = max(worst, ((ours - exact).abs().max() / exact.abs().max()).item())
-    dist.barrier()
-    dist.destroy_process_group()
-    return worst
-
-
-@pytest.mark.dist
-def test_vocabulary_parallel():
-    assert max(run_ranks(2, tensor_parallel_error)) < 1e-6
