@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flash_oracle import DEVICE, Case, check, results, run_backend
@@ -63,29 +65,51 @@ def test_guards_stay_whole_and_unread(case, monkeypatch):
         assert not tensor.isnan().any(), "an element was not written, or a guard was read"
 
 
+PADDED = {
+    "plain": CASE,
+    "full": replace(CASE, causal=False),
+    "window": replace(CASE, window=9),
+    "window, full": replace(CASE, window=9, causal=False),
+    "window past the document": replace(CASE, window=50),
+    "softcap": replace(CASE, softcap=3.0),
+    "sink": replace(CASE, sink=True),
+    "everything": replace(CASE, window=9, softcap=3.0, sink=True),
+    "everything, full": replace(CASE, window=9, softcap=3.0, sink=True, causal=False),
+    "slice of queries": replace(CASE, T=60, q_offset=15, window=9, sink=True),
+}
+
+
+def padding(case: Case, x: torch.Tensor, name: str) -> list[slice]:
+    """What of each row of `x` lies behind its documents."""
+    first = 0 if name in ("k", "v") else case.q_offset
+    assert case.cu is not None
+    return [slice(max(bounds[-1] - first, 0), x.shape[1]) for bounds in case.cu]
+
+
+def spoiled(case: Case, x: torch.Tensor, name: str) -> torch.Tensor:
+    dirty = x.clone()
+    for row, tail in zip(dirty, padding(case, x, name)):
+        row[tail] = float("nan")
+    return dirty
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in PADDED), ("everything", torch.float16)]
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_garbage_in_the_padding_tail_changes_nothing(backend):
-    clean = CASE.inputs(torch.float32)
-    dout, dlse = (x.float() for x in CASE.cotangents())
-    expected = results(clean, run_backend(CASE, backend), dout, dlse)
-    dirty = {n: x.clone() for n, x in clean.items()}
-    for b, end in enumerate((60, 33)):
-        for x in dirty.values():
-            x[b, end:] = float("nan")
-    out, lse = attention(dirty["q"], dirty["k"], dirty["v"], CASE.cu_seqlens(), return_lse=True, backend=backend)
-    assert torch.equal(out, expected["out"])
-    assert torch.equal(lse, expected["lse"])
-    q, k, v = (dirty[n].requires_grad_() for n in "qkv")
-    out, _ = attention(q, k, v, CASE.cu_seqlens(), return_lse=True, backend=backend)
-    spoiled = dout.clone()
-    for b, end in enumerate((60, 33)):
-        spoiled[b, end:] = float("nan")
-        assert out[b, end:].eq(0).all()
-    out.backward(spoiled)
-    for b, end in enumerate((60, 33)):
-        for x in (q, k, v):
-            assert x.grad[b, end:].eq(0).all()
-            assert x.grad[b, :end].isfinite().all()
+def test_garbage_in_the_padding_tail_changes_nothing(backend, name, dtype):
+    case = PADDED[name]
+    clean = case.inputs(dtype)
+    dout, dlse = (x.to(dtype) for x in case.cotangents())
+    garbage = spoiled(case, dout, "out")
+    expected = results(clean, run_backend(case, backend), torch.where(garbage.isnan(), 0, dout), dlse)
+    dirty = {n: x if n == "sink" else spoiled(case, x, n) for n, x in clean.items()}
+    found = results(dirty, run_backend(case, backend), garbage, dlse)
+    for key, x in found.items():
+        assert torch.equal(x, expected[key]), key
+        if key not in ("lse", "dsink"):
+            for row, tail in zip(x, padding(case, x, key.removeprefix("d"))):
+                assert row[tail].eq(0).all(), key
 
 
 def test_offsets_beyond_31_bits():
