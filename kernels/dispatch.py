@@ -55,6 +55,13 @@ def resolve(backend: str, device: torch.device | str, op: str = "kernel") -> str
     return "triton" if use_triton(backend, torch.device(device), op) else "torch"
 
 
+def same_device(op: str, **tensors: torch.Tensor) -> None:
+    """ValueError unless all tensors lie on one device: a kernel would take the other's addresses for its own."""
+    if len({x.device for x in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"{op} takes tensors of one device, not {places}")
+
+
 def triton_version() -> str | None:
     """Installed Triton version, None without one. AMD's builds have another distribution name."""
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):

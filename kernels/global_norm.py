@@ -15,7 +15,8 @@ def sum_of_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tenso
     """Sum of the squares of all elements, an fp32 scalar (fp64 if a tensor is): what ranks add up before the root.
 
     The tensors (local shards) share a device; dtypes may differ. No tensors give 0 on the CPU. Infinities and NaN
-    show in the result. Raises ValueError for tensors on several devices or, on Triton, ones that are not contiguous.
+    show in the result. Raises ValueError for tensors on several devices. The kernel reads a copy of those that are not
+    contiguous.
     """
     tensors = [x.detach() for x in tensors if x.numel()]
     if not tensors:
@@ -26,7 +27,7 @@ def sum_of_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tenso
     plain: list[Tensor] = []
     for x in tensors:
         (kernel if use_triton(backend, x.device, "optimizer", x.dtype) else plain).append(x)
-    parts = [sum_of_squares_op(kernel)] if kernel else []
+    parts = [sum_of_squares_op([x.contiguous() for x in kernel])] if kernel else []
     if plain:
         parts.append(sum_of_squares_reference(plain))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]

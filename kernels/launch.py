@@ -36,7 +36,7 @@ def settings_for(op: str, x: Tensor, dim: int, default: dict[str, int]) -> dict[
 
 def rows_of(x: Tensor) -> Tensor:
     """x as [rows, D] with unit stride in D: a view where the strides allow it."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 

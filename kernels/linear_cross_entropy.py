@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import same_device, use_triton
 
 IGNORE = -100
 CACHE_ELEMENTS = 1 << 17  # fp32 elements worked on at once on a CPU: half a MiB stays in the second-level cache
@@ -90,6 +90,9 @@ def _check(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk_tokens: int, chun
         )
     if h_ND.dtype != w_VD.dtype:
         raise ValueError(f"hidden is {h_ND.dtype} but weight is {w_VD.dtype}: cast one of them")
+    if labels_N.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels are {labels_N.dtype}: give them as int64")
+    same_device("linear_cross_entropy", hidden=h_ND, weight=w_VD, labels=labels_N)
     if chunk_tokens < 1 or chunk_vocab < 0:
         raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1 and chunk_vocab = {chunk_vocab} at least 0")
 
@@ -117,19 +120,19 @@ def linear_cross_entropy_op(
     tiles = _Tiles(weight_VD, vocab_start, z_loss, chunk_tokens, chunk_vocab or max(V, 1), group_name, triton)
     # with whole rows a token chunk is finished before the next one; with tiles all tokens are finished together
     together = chunk_tokens if whole_rows else max(N, 1)
-    loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
     losses_N = torch.empty(N, dtype=wide, device=hidden_ND.device)
     if with_grad:
         grad_hidden = torch.zeros_like(hidden_ND, dtype=None if whole_rows else wide)
         grad_weight = torch.zeros_like(weight_VD, dtype=None if together >= N else wide)
     else:
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
-    for tokens in _slices(N, together):
-        h_ND, labels = hidden_ND[tokens], labels_N[tokens]
-        losses_N[tokens], rows, logits_CW = tiles.statistics(h_ND, labels)
-        loss += losses_N[tokens].sum()
-        if with_grad:
-            tiles.gradients(h_ND, labels, rows, logits_CW, grad_hidden[tokens], grad_weight)
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # the inputs' types say how products are to be made
+        for tokens in _slices(N, together):
+            h_ND, labels = hidden_ND[tokens], labels_N[tokens]
+            losses_N[tokens], rows, logits_CW = tiles.statistics(h_ND, labels)
+            if with_grad:
+                tiles.gradients(h_ND, labels, rows, logits_CW, grad_hidden[tokens], grad_weight)
+    loss = losses_N.sum(dtype=torch.float64).to(wide)
     return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype), losses_N
 
 
@@ -244,7 +247,9 @@ class _Tiles:
         log_sum_N, valid_N = sum_N.log(), labels_N != IGNORE
         lse_N = log_sum_N + peak_N
         # the maximum and the sum stay apart: x - maximum is exact where x - lse would lose the last digits
-        loss_N = log_sum_N + (peak_N - target_N) + self.z_loss * lse_N.square()
+        loss_N = log_sum_N + (peak_N - target_N)
+        if self.z_loss:  # without it the square of a huge lse must not overflow
+            loss_N += self.z_loss * lse_N.square()
         loss_N = torch.where(found_N > 0, loss_N, float("nan"))
         rows = Rows(peak_N, valid_N / sum_N, 2 * self.z_loss * lse_N)
         one_tile = self.chunk_tokens >= N and self.chunk_vocab >= self.weight_VD.shape[0]

@@ -23,8 +23,8 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
@@ -36,11 +36,14 @@ def adamw_(
     """One AdamW update, in place, as torch.optim.AdamW makes it; arithmetic in fp32 (fp64 for fp64 parameters).
 
     params ... exp_avg_sqs: contiguous tensors of matching sizes (local shards), any mix of dtypes over the list.
-    step: 1 for the first update. grad_scale: scalar tensor that multiplies the gradients (the clip coefficient), so
-    that clipping costs no pass of its own. stochastic_rounding: of what is stored in bf16; `seed` (0 to 2^31 - 1)
-    must differ from step to step and from rank to rank, and then an update is reproducible bit for bit.
+    step: 1 for the first update. Of it and `lr` a tensor's value is taken, which on a GPU waits for it.
+    grad_scale: scalar tensor that multiplies the gradients (the clip coefficient), so that clipping costs no pass of
+    its own. stochastic_rounding: of what is stored in bf16; `seed` (0 to 2^31 - 1) must differ from step to step and
+    from rank to rank, and then an update is reproducible bit for bit.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, step, seed)
+    _check_tensors((params, grads, exp_avgs, exp_avg_sqs), grad_scale)
+    _check_numbers(step, betas, eps, seed)
+    scalars = step_scalars(int(step), float(lr), betas, eps, weight_decay)
     groups: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs):
         if row[0].numel():
@@ -49,7 +52,6 @@ def adamw_(
         p, g, m, v = (list(column) for column in zip(*rows))
         device, odd = rows[0][0].device, [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
         update = adamw_op if use_triton(backend, device, "optimizer", (odd or dtypes)[0]) else adamw_reference_
-        scalars = step_scalars(step, lr, betas, eps, weight_decay)
         update(p, g, m, v, grad_scale, scalars, stochastic_rounding, (seed + 7919 * number) % 2**31)
 
 
@@ -57,7 +59,8 @@ def step_scalars(step: int, lr: float, betas: tuple[float, float], eps: float, w
     """[lr / correction1, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, eps, sqrt(correction2)], made in fp64."""
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    return [lr / correction1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, float(eps), correction2**0.5]
+    scalars = lr / correction1, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, correction2**0.5
+    return [float(x) for x in scalars]
 
 
 def adamw_reference_(
@@ -72,11 +75,12 @@ def adamw_reference_(
 ) -> None:
     """The update tensor by tensor; its stochastic rounding draws the kernel's numbers."""
     rate, keep, pull1, beta2, pull2, eps, root_correction2 = scalars
-    for place, (param, grad, mean, square) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+    for place, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        param, grad, mean, square = (x.view(-1) for x in row)
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         g, m, v, p = grad.to(wide), mean.to(wide), square.to(wide), param.to(wide)
         if grad_scale is not None:
-            g = g * grad_scale.to(wide)
+            g = g * grad_scale.to(wide).view(())
         m = m + (g - m) * pull1
         v = v * beta2 + (g * g) * pull2
         p = p * keep - rate * (m / (v.sqrt() / root_correction2 + eps))
@@ -111,23 +115,29 @@ def _round(value: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(value.isfinite(), bits.view(torch.float32), value)
 
 
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: int,
-    seed: int,
-) -> None:
-    sizes = [[x.numel() for x in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+def _check_tensors(lists: Sequence[Sequence[Tensor]], grad_scale: Tensor | None) -> None:
+    sizes = [[x.numel() for x in tensors] for tensors in lists]
     if any(size != sizes[0] for size in sizes):
         raise ValueError("params, grads, exp_avgs and exp_avg_sqs must match in length and in elements of each tensor")
-    if any(not x.is_contiguous() for tensors in (params, grads, exp_avgs, exp_avg_sqs) for x in tensors):
+    everything = [x for tensors in lists for x in tensors]
+    if not all(x.is_contiguous() for x in everything):
         raise ValueError("adamw_ takes contiguous tensors: pass the flat local shards")
-    if any(m.dtype != v.dtype for m, v in zip(exp_avgs, exp_avg_sqs)):
+    if odd := {str(x.dtype) for x in everything if not x.is_floating_point()}:
+        raise ValueError(f"adamw_ takes tensors of floating-point numbers, not {', '.join(sorted(odd))}")
+    if any(m.dtype != v.dtype for m, v in zip(lists[2], lists[3])):
         raise ValueError("exp_avg and exp_avg_sq of a parameter must share one dtype")
+    if grad_scale is not None and grad_scale.numel() != 1:
+        raise ValueError(f"grad_scale must be one number, not {tuple(grad_scale.shape)}")
+    places = {x.device for x in [*everything, *([] if grad_scale is None else [grad_scale])]}
+    if len(places) > 1:
+        raise ValueError(f"the tensors lie on {sorted(map(str, places))}: they must share one device")
+
+
+def _check_numbers(step: int | Tensor, betas: tuple[float, float], eps: float, seed: int) -> None:
     if step < 1 or not 0 <= seed < 2**31:
         raise ValueError(f"step = {step} must be at least 1 and seed = {seed} between 0 and 2^31 - 1")
+    if not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
+        raise ValueError(f"betas = {betas} must lie in [0, 1) and eps = {eps} must not be negative")
 
 
 @torch.library.custom_op("megastage::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import same_device, use_triton
 
 MAX_TRITON_DIM = 32768  # a row is held in registers by one program
 # Rows below it are computed in fp64: their gradient is a difference of nearly equal terms, which fp32 leaves few digits
@@ -15,7 +16,7 @@ SHORT_ROW = 64
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
-    """RMSNorm over the last dimension; x [..., D] and the result share shape and dtype."""
+    """RMSNorm over the last dimension; x [..., D] and the result share shape and dtype. The weight's may differ."""
     _check(x, weight_D)
     if _on_triton(backend, x):
         return rms_norm_op(x, weight_D, eps)[0]
@@ -27,6 +28,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual) in one pass over memory; x and residual share shape and dtype."""
     _check(x, weight_D)
+    same_device("add_rms_norm", x=x, residual=residual)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
             f"x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} must be alike"
@@ -46,8 +48,12 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _check(x: Tensor, weight_D: Tensor) -> None:
-    if weight_D.shape != x.shape[-1:]:
-        raise ValueError(f"the weight of a norm over {tuple(x.shape)} must be [{x.shape[-1]}], not {weight_D.shape}")
+    if x.ndim == 0 or weight_D.shape != x.shape[-1:]:
+        sizes = f"{tuple(x.shape)} and {tuple(weight_D.shape)}"
+        raise ValueError(f"rms_norm takes x [..., D] and a weight [D], not {sizes}")
+    if not (x.is_floating_point() and weight_D.is_floating_point()):
+        raise ValueError(f"rms_norm takes floating-point numbers, not x in {x.dtype} and a weight in {weight_D.dtype}")
+    same_device("rms_norm", x=x, weight=weight_D)
 
 
 def _on_triton(backend: str, x: Tensor) -> bool:
@@ -72,14 +78,25 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight_D, rstd = ctx.saved_tensors
+        return *_RMSNormGradient.apply(grads[0], *ctx.saved_tensors), None
+
+
+class _RMSNormGradient(torch.autograd.Function):
+    """A function of its own, so that a second derivative is refused: through saved 1/rms it would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         normed = x.to(rstd.dtype) * rstd
-        grad = grads[0].to(rstd.dtype)
-        product = (grad * normed).reshape(-1, x.shape[-1])
+        grad = grad.to(rstd.dtype)
+        product = (grad * normed).reshape(rstd.numel(), x.shape[-1])
         grad_weight = product.sum(0).to(weight_D.dtype)
         mean = torch.mv(product, weight_D.to(rstd.dtype)).view(rstd.shape) / x.shape[-1]
         grad_x = (grad * weight_D).sub_(normed.mul_(mean)).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight, None
+        return grad_x.to(x.dtype), grad_weight
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("rms_norm has no second derivative: torch.nn.functional.rms_norm does")
 
 
 @torch.library.custom_op("megastage::rms_norm", mutates_args=())
@@ -115,7 +132,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _empty_rows(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1].numel(), dtype=statistics_dtype(x))
+    # not Size.numel(), which would bind a compiled graph to this number of rows
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_dtype(x))
 
 
 @rms_norm_op.register_fake

@@ -89,14 +89,14 @@ def _default(D: int, backward: bool) -> dict[str, int]:
 
 def forward(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, x + residual or an empty tensor, 1/rms of each row in fp32)."""
-    D = x.shape[-1]
+    D, weight_D = x.shape[-1], weight_D.contiguous()
     x_ND, residual_ND = rows_of(x), None if residual is None else rows_of(residual)
     N = x_ND.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty_like(out)
     rstd_N = torch.empty(N, dtype=statistics_dtype(x), device=x.device)
-    config = settings_for("rms_norm", x, D, _default(D, backward=False))
-    if N:
+    if out.numel():
+        config = settings_for("rms_norm", x, D, _default(D, backward=False))
         with torch.cuda.device_of(x):
             rms_norm_forward_kernel[(triton.cdiv(N, config["rows"]),)](
                 x_ND, residual_ND, weight_D, out, total, rstd_N, N, x_ND.stride(0),
@@ -111,12 +111,12 @@ def backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight_D: Tensor, rstd_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by the weight; `grad_total` (of x + residual) is added to the former."""
-    D = x.shape[-1]
+    D, weight_D = x.shape[-1], weight_D.contiguous()
     grad_ND, x_ND = rows_of(grad), rows_of(x)
     total_ND = None if grad_total is None else rows_of(grad_total)
     N = x_ND.shape[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if N == 0:
+    if grad_x.numel() == 0:
         return grad_x, torch.zeros_like(weight_D)
     config = settings_for("rms_norm_backward", x, D, _default(D, backward=True))
     tiles = triton.cdiv(N, config["rows"])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import same_device, use_triton
 
 
 def rope_reference(x_BTHD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_BT: Tensor) -> Tensor:
     """Rotate x [B, T, H, D] by the angles of `positions_BT`; tables are [positions, D/2] in fp32, arithmetic in fp32
     (fp64 for fp64 input)."""
-    cos = cos_PF[positions_BT][:, :, None, :]
-    sin = sin_PF[positions_BT][:, :, None, :]
-    low, high = x_BTHD.to(torch.promote_types(x_BTHD.dtype, cos.dtype)).chunk(2, dim=-1)
+    cos = F.embedding(positions_BT, cos_PF)[:, :, None, :]  # unlike an index, it takes no position from the end
+    sin = F.embedding(positions_BT, sin_PF)[:, :, None, :]
+    low, high = x_BTHD.to(torch.promote_types(x_BTHD.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x_BTHD.dtype)
 
 
@@ -27,7 +28,8 @@ def rope_qk(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys together. Positions are int64 [B, T] and restart wherever a document does.
+    """Rotate queries and keys together. Positions are integers [B, T] and restart wherever a document does. The tables
+    receive no gradient.
 
     inplace: overwrite q and k where no gradient is recorded (inference, validation, a recomputed forward's first
     pass); where one is, autograd forbids it and new tensors are made: either way the results are returned.
@@ -48,7 +50,8 @@ def rope_qk(
 
 
 def _check(q_BTHD: Tensor, k_BTKD: Tensor, cos_PF: Tensor, sin_PF: Tensor, positions_BT: Tensor) -> None:
-    B, T, _, D = q_BTHD.shape
+    four = q_BTHD.ndim == k_BTKD.ndim == 4
+    B, T, _, D = q_BTHD.shape if four else (0, 0, 0, 1)
     if D % 2 or k_BTKD.shape[:2] != (B, T) or k_BTKD.shape[3] != D or positions_BT.shape != (B, T):
         raise ValueError(
             f"rope_qk takes q [B, T, H, D], k [B, T, K, D] and positions [B, T] with an even D, not "
@@ -58,6 +61,12 @@ def _check(q_BTHD: Tensor, k_BTKD: Tensor, cos_PF: Tensor, sin_PF: Tensor, posit
         raise ValueError(f"the rope tables must both be [positions, {D // 2}], not {tuple(cos_PF.shape)}")
     if cos_PF.stride() != sin_PF.stride() or cos_PF.stride(1) != 1:
         raise ValueError("the rope tables must be laid out alike, with the angles of a position side by side")
+    if cos_PF.requires_grad or sin_PF.requires_grad:
+        raise ValueError("rope_qk gives its tables no gradient: detach them")
+    if q_BTHD.dtype != k_BTKD.dtype or positions_BT.dtype not in (torch.int64, torch.int32):
+        types = f"q in {q_BTHD.dtype}, k in {k_BTKD.dtype} and positions in {positions_BT.dtype}"
+        raise ValueError(f"rope_qk takes q and k of one type and positions in int64 or int32, not {types}")
+    same_device("rope_qk", q=q_BTHD, k=k_BTKD, cos=cos_PF, sin=sin_PF, positions=positions_BT)
 
 
 @torch.library.custom_op("megastage::rope_qk", mutates_args=())
@@ -82,8 +91,12 @@ def rope_qk_inplace_op(q_BTHD: Tensor, k_BTKD: Tensor, cos_PF: Tensor, sin_PF: T
     """Rotate q and k where they lie."""
     from megastage.kernels import rope_triton
 
-    if q_BTHD.stride(-1) != 1 or k_BTKD.stride(-1) != 1:
-        raise ValueError("rope in place takes q and k with unit stride in the head dimension: make them contiguous")
+    for x in (q_BTHD, k_BTKD):
+        if x.stride(-1) != 1 or any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
+            raise ValueError(
+                f"rope in place takes q and k with unit stride in the head dimension and no element twice, not strides "
+                f"{x.stride()}: make them contiguous"
+            )
     rope_triton.rotate(q_BTHD, k_BTKD, cos_PF, sin_PF, positions_BT, False, q_BTHD, k_BTKD)
 
 

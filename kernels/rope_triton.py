@@ -70,7 +70,7 @@ def rotate(
     q_BTHD, k_BTKD = _unit_stride(q_BTHD), _unit_stride(k_BTKD)
     B, T, H, D = q_BTHD.shape
     K, F = k_BTKD.shape[2], D // 2
-    if B * T == 0:
+    if q_BTHD.numel() + k_BTKD.numel() == 0:
         return
     config = settings_for("rope", q_BTHD, D, DEFAULT)
     with torch.cuda.device_of(q_BTHD):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import same_device, use_triton
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -18,6 +18,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) * up; both inputs share shape and dtype. The kernel rounds once, computing in fp32."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+    same_device("swiglu", gate=gate, up=up)
     if gate.ndim and use_triton(backend, gate.device, "swiglu", gate.dtype):
         return swiglu_op(gate, up)
     return swiglu_reference(gate, up)

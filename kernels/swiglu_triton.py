@@ -49,8 +49,8 @@ def swiglu_backward_kernel(
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     gate_NF, up_NF = rows_of(gate), rows_of(up)
-    grid, block, warps = _launch("swiglu", gate_NF)
     if out.numel():
+        grid, block, warps = _launch("swiglu", gate_NF)
         with torch.cuda.device_of(gate):
             swiglu_forward_kernel[grid](
                 gate_NF, up_NF, out, gate_NF.shape[1], gate_NF.stride(0), up_NF.stride(0),
@@ -62,8 +62,8 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grad_NF, gate_NF, up_NF = rows_of(grad), rows_of(gate), rows_of(up)
-    grid, block, warps = _launch("swiglu_backward", gate_NF)
     if grad_gate.numel():
+        grid, block, warps = _launch("swiglu_backward", gate_NF)
         with torch.cuda.device_of(gate):
             swiglu_backward_kernel[grid](
                 grad_NF, gate_NF, up_NF, grad_gate, grad_up, gate_NF.shape[1],
