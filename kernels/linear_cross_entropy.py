@@ -285,7 +285,9 @@ def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def _add_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    if out_MN.dtype == a_MK.dtype:
+    """Added as a whole: in one chain with what is there each term would be rounded to the digits of the total. What is
+    kept in 16 bit receives one product only."""
+    if out_MN.dtype == a_MK.dtype and out_MN.dtype in (torch.bfloat16, torch.float16):
         out_MN.addmm_(a_MK, b_KN)
     else:
         out_MN += matmul_wide(a_MK, b_KN)

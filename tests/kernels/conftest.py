@@ -12,8 +12,8 @@ if str(TOOLS) not in sys.path:
 
 @pytest.fixture
 def guard():
-    """Kernels of this test may touch only the tensors they are given."""
-    from memory_guard import memory_guard
+    """Kernels of this test may touch only the tensors they are given; bf16 is rounded as on a GPU."""
+    from memory_guard import bf16_rounded, memory_guard
 
-    with memory_guard() as active:
+    with memory_guard() as active, bf16_rounded():
         yield active

@@ -117,6 +117,23 @@ def memory_guard():
 
 
 @contextmanager
+def bf16_rounded():
+    """Within it the interpreter rounds fp32 to bf16 to the nearest, as GPUs do; by itself it cuts digits off."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (str(source), str(target), mode) != ("fp32", "bf16", None):
+            return convert(data, source, target, mode)
+        near = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).bfloat16()
+        return near.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+    with mock.patch.object(interpreter, "_convert_float", rounded):
+        yield
+
+
+@contextmanager
 def only_program(x: int, y: int = 0):
     """A launch of grid (1,) runs the program with these numbers, as if all the others had run too."""
     from triton.runtime import interpreter

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from error_bound import assert_as_good, joined
-from memory_guard import memory_guard
+from memory_guard import bf16_rounded, memory_guard
 from numeric_cases import noise, wide
 from torch import Tensor
 
@@ -95,7 +95,7 @@ Subject = tuple[Split, torch.dtype, str]
 
 def all_on_this_rank(subjects: list[Subject]) -> list[dict[str, np.ndarray]]:
     dist.init_process_group("gloo")
-    with memory_guard():
+    with memory_guard(), bf16_rounded():
         found = [on_this_rank(*subject) for subject in subjects]
     dist.barrier()
     dist.destroy_process_group()
