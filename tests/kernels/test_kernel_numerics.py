@@ -44,10 +44,12 @@ SEED = st.integers(0, 2**20)
 
 
 def hold(*draws):
-    """All dtypes, both back ends; cases that differ in their numbers only are judged together."""
+    """All dtypes, both back ends; at fp32, cases that differ in their numbers only are judged together. At 16 bit 2 ulp
+    decide, and one is enough."""
     for dtype in DTYPES:
         for backend in BACKENDS:
-            assert_as_good(*joined(three_ways(case, dtype, backend) for case in draws))
+            cases = draws if dtype == torch.float32 else draws[:1]
+            assert_as_good(*joined(three_ways(case, dtype, backend) for case in cases))
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -78,8 +80,8 @@ def test_swiglu_of_any_shape(rows, F, seed):
 @settings(DRAWN, max_examples=6)
 @given(
     N=st.integers(1, 40), D=st.integers(1, 20), V=st.integers(1, 90), token_chunks=st.integers(1, 4),
-    vocab_chunks=st.integers(0, 6), z_loss=st.sampled_from([0.0, 1e-4, 1e-2]), reduction=st.sampled_from(["sum", "mean"]),
-    seed=SEED,
+    vocab_chunks=st.integers(0, 6), z_loss=st.sampled_from([0.0, 1e-4, 1e-2]),
+    reduction=st.sampled_from(["sum", "mean"]), seed=SEED,
 )  # fmt: skip
 def test_cross_entropy_of_any_shape(N, D, V, token_chunks, vocab_chunks, z_loss, reduction, seed):
     tiles = -(-N // token_chunks), vocab_chunks and -(-V // vocab_chunks)
