@@ -122,8 +122,10 @@ def linear_cross_entropy_op(
     together = chunk_tokens if whole_rows else max(N, 1)
     losses_N = torch.empty(N, dtype=wide, device=hidden_ND.device)
     if with_grad:
-        grad_hidden = torch.zeros_like(hidden_ND, dtype=None if whole_rows else wide)
-        grad_weight = torch.zeros_like(weight_VD, dtype=None if together >= N else wide)
+        # written by their first product; without tokens, or a vocabulary, there is none
+        make = torch.empty_like if N and V else torch.zeros_like
+        grad_hidden = make(hidden_ND, dtype=None if whole_rows else wide)
+        grad_weight = make(weight_VD, dtype=None if together >= N else wide)
     else:
         grad_hidden, grad_weight = hidden_ND.new_empty(0), weight_VD.new_empty(0)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the inputs' types say how products are to be made
@@ -131,7 +133,8 @@ def linear_cross_entropy_op(
             h_ND, labels = hidden_ND[tokens], labels_N[tokens]
             losses_N[tokens], rows, logits_CW = tiles.statistics(h_ND, labels)
             if with_grad:
-                tiles.gradients(h_ND, labels, rows, logits_CW, grad_hidden[tokens], grad_weight)
+                add = tokens.start > 0
+                tiles.gradients(h_ND, labels, rows, logits_CW, grad_hidden[tokens], grad_weight, add)
     loss = losses_N.sum(dtype=torch.float64).to(wide)
     return loss, grad_hidden.to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype), losses_N
 
@@ -150,7 +153,12 @@ def linear_cross_entropy_backward_op(
     grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of forward times the gradient of the loss, a scalar."""
-    return grad_hidden * grad_loss, grad_weight * grad_loss
+    return _times(grad_hidden, grad_loss), _times(grad_weight, grad_loss)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, rounded once. As a scalar a GPU would round the factor to x's type first."""
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x))
 
 
 @linear_cross_entropy_backward_op.register_fake
@@ -166,6 +174,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 10
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward, or a second derivative
+    if not kept and type(grad_loss) is Tensor and grad_loss.device.type == "cpu":
+        # hand over what is there: new pages for a [V, D] tensor cost more than all arithmetic on a few tokens. (A GPU
+        # would have to wait for the factor)
+        grads = [x.detach() for x in ctx.saved_tensors]
+        return *(grads if grad_loss == 1 else (x.mul_(grad_loss) for x in grads)), *(None,) * 8
     return *linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors), *(None,) * 8
 
 
@@ -257,22 +271,23 @@ class _Tiles:
 
     def gradients(
         self, h_ND: Tensor, labels_N: Tensor, rows: Rows, logits_CW: Tensor | None,
-        grad_hidden_ND: Tensor, grad_weight_VD: Tensor,
+        grad_hidden_ND: Tensor, grad_weight_VD: Tensor, add: bool,
     ) -> None:  # fmt: skip
-        """Add to both gradients (of the summed loss) what these tokens give; `logits_CW` is overwritten."""
+        """Store both gradients (of the summed loss) that these tokens give; the weight's is added to what is there if
+        `add` says so. `logits_CW` is overwritten."""
         exact = grad_weight_VD.dtype == rows.peak_N.dtype or self.chunk_tokens >= h_ND.shape[0]
         for vocab in _slices(self.weight_VD.shape[0], self.chunk_vocab):
             weight_WD, sum_WD = self.weight_VD[vocab], grad_weight_VD[vocab]
             if not exact:
-                sum_WD = torch.zeros_like(sum_WD, dtype=rows.peak_N.dtype)
+                sum_WD = torch.empty_like(sum_WD, dtype=rows.peak_N.dtype)
             for tokens in _slices(h_ND.shape[0], self.chunk_tokens):
                 if logits_CW is None:
                     logits_CW = matmul_wide(h_ND[tokens], weight_WD.mT)
                 first = self.vocab_start + vocab.start
                 grad_CW = self.tile_gradient(logits_CW, labels_N[tokens], first, rows.of(tokens), h_ND.dtype)
                 logits_CW = None
-                _add_product(grad_hidden_ND[tokens], grad_CW, weight_WD)
-                _add_product(sum_WD, grad_CW.mT, h_ND[tokens])
+                _put_product(grad_hidden_ND[tokens], grad_CW, weight_WD, add=vocab.start > 0)
+                _put_product(sum_WD, grad_CW.mT, h_ND[tokens], add=add or tokens.start > 0)
             if not exact:
                 grad_weight_VD[vocab] = sum_WD
 
@@ -284,13 +299,15 @@ def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     return torch.mm(a_MK, b_KN)
 
 
-def _add_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """Added as a whole: in one chain with what is there each term would be rounded to the digits of the total. What is
-    kept in 16 bit receives one product only."""
-    if out_MN.dtype == a_MK.dtype and out_MN.dtype in (torch.bfloat16, torch.float16):
-        out_MN.addmm_(a_MK, b_KN)
-    else:
+def _put_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, add: bool) -> None:
+    """Store a @ b or add it, as a whole: in one chain with what is there each term would be rounded to the digits of
+    the total. What is kept in 16 bit receives one product only."""
+    if add:
         out_MN += matmul_wide(a_MK, b_KN)
+    elif out_MN.dtype == a_MK.dtype:
+        torch.mm(a_MK, b_KN, out=out_MN)
+    else:
+        out_MN.copy_(matmul_wide(a_MK, b_KN))
 
 
 def _merge(peak_C: Tensor, sums_C3: Tensor, tile_peak_C: Tensor, tile_sums_C3: Tensor) -> None:
@@ -311,7 +328,7 @@ def tile_statistics(logits_CW: Tensor, labels_C: Tensor, first: int) -> tuple[Te
     for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
         x = logits_CW[rows].to(wide)
         peak = torch.amax(x, -1, keepdim=True, out=peak_C[rows, None])
-        torch.sum((x - peak).exp_(), -1, out=sums_C3[rows, 0])
+        torch.sum((x.sub_(peak) if x.dtype != logits_CW.dtype else x - peak).exp_(), -1, out=sums_C3[rows, 0])
     column_C, here_C = _columns(labels_C, first, W)
     sums_C3[:, 1] = torch.where(here_C, logits_CW.gather(1, column_C)[:, 0].to(wide), 0)
     sums_C3[:, 2] = here_C
@@ -328,7 +345,8 @@ def tile_gradient(logits_CW: Tensor, labels_C: Tensor, first: int, stats: Rows, 
     target_C = (p_C - here_C[:, None].to(p_C.dtype)) + p_C * pull_C  # of column 0 where the label is in another tile
     factor_C = inverse_C * (1 + pull_C)
     for rows in _slices(C, max(1, CACHE_ELEMENTS // W)):
-        x = (logits_CW[rows].to(peak_C.dtype) - peak_C[rows]).exp_()
+        x = logits_CW[rows].to(peak_C.dtype)
+        x = (x - peak_C[rows] if x.dtype != dtype else x.sub_(peak_C[rows])).exp_()
         x *= factor_C[rows]
         grad_CW[rows] = x.scatter_(1, column_C[rows], target_C[rows])
     return grad_CW

@@ -185,6 +185,30 @@ def test_logits_whose_square_overflows(backend):
     torch.testing.assert_close(ours, F.cross_entropy(h @ w.mT, labels, reduction="sum"))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_loss_survive_other_backward_passes(dtype, factor):
+    """On a CPU the last one hands over the buffers that forward filled."""
+    h, w = (draw(n, 6, dtype=dtype).requires_grad_() for n in (5, 7))
+    ours, other = (factor * loss(x, w, "torch") for x in (h, h.detach() * 2))
+    wide = [x.detach().double().requires_grad_() for x in (h, w)]
+    true = factor * F.cross_entropy(wide[0] @ wide[1].mT, torch.arange(5), reduction="sum")
+    exact = torch.autograd.grad(true, wide)
+    expected = torch.autograd.grad(ours, (h, w), retain_graph=True)
+    digits = 1e-6 if dtype == torch.float32 else 1.5e-2
+    for found, right in zip(expected, exact):
+        torch.testing.assert_close(found.double(), right, rtol=digits, atol=digits)
+    for _ in range(2):
+        ours.backward(retain_graph=True)
+    ours.backward()
+    for x, once in zip((h, w), expected):
+        torch.testing.assert_close(x.grad, 3 * once, rtol=digits, atol=digits)
+    before = w.grad.clone()
+    other.backward()
+    twice = torch.autograd.grad(factor * loss(h.detach() * 2, w, "torch"), w)[0]
+    torch.testing.assert_close(w.grad, before + twice, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_positions_and_labels_in_int32(backend):
     q, k, h, w = draw(1, 3, 2, 8), draw(1, 3, 1, 8), draw(3, 6), draw(7, 6)
