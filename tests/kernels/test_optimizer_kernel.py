@@ -118,3 +118,62 @@ def test_strided_shards_are_refused():
     mine[0][2] = torch.zeros(2048)[::2]
     with pytest.raises(ValueError, match="contiguous"):
         adamw_(*mine, step=1, lr=0.1)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_two_hundred_steps_stay_as_near_to_float64_as_torchs(backend, decay):
+    """Errors add up over a run: they may be twice those of torch.optim.AdamW in fp32, no more."""
+    steps, options = 200, {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
+    generator = torch.Generator().manual_seed(4)
+    start = torch.randn(512, generator=generator)
+    exact, theirs = (start.to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32))
+    optimizers = [torch.optim.AdamW([p], **options) for p in (exact, theirs)]
+    mine, mean, square = start.clone(), torch.zeros(512), torch.zeros(512)
+    for step in range(1, steps + 1):
+        grad = torch.randn(512, generator=generator) * 10.0 ** (step % 5 - 3)
+        exact.grad, theirs.grad = grad.double(), grad
+        for optimizer in optimizers:
+            optimizer.step()
+        adamw_([mine], [grad], [mean], [square], step=step, backend=backend, **options)
+    for ours, name in ((mine, None), (mean, "exp_avg"), (square, "exp_avg_sq")):
+        true, torchs = ((p if name is None else o.state[p][name]) for o, p in zip(optimizers, (exact, theirs)))
+        error, torch_error = ((x.detach().double() - true.detach()).abs().max() for x in (ours, torchs))
+        assert error <= 2 * torch_error
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_rounding_has_the_mean_and_the_variance_it_should(backend, sign):
+    """Values at every eighth of a bf16 step: the share that goes up is that eighth, so mean and variance follow."""
+    n, step = 4000, 2.0**-7  # of bf16 between 1 and 2
+    parts = torch.arange(8) / 8
+    value = (sign * (1 + parts * step)).repeat_interleave(n)
+    mean = torch.zeros(8 * n, dtype=torch.bfloat16)
+    # with beta1 = 0 the first moment is the gradient, so that what is stored is `value` rounded
+    adamw_(
+        [torch.ones(8 * n)], [value], [mean], [mean.clone()], step=1, lr=0.0, betas=(0.0, 0.95), weight_decay=0.0,
+        stochastic_rounding=True, seed=11, backend=backend,
+    )  # fmt: skip
+    away = (mean.float().abs() > 1).view(8, n)
+    assert set(mean.float().tolist()) == {sign * 1.0, sign * (1 + step)}
+    up = away.double().mean(1)
+    assert ((up - parts).abs() <= 4.5 * (parts * (1 - parts) / n).sqrt()).all()
+    assert up[0] == 0  # what bf16 holds is kept
+    noise = away.double() - up[:, None]
+    neighbours = (noise[:, 1:] * noise[:, :-1]).mean(1)
+    assert (neighbours.abs() <= 4.5 * parts * (1 - parts) / n**0.5).all()  # elements round independently
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_roundings_of_other_seeds_and_of_other_shards_are_independent(backend):
+    def rounded(seed, shards=2):
+        lists = [[torch.full((4096,), x).bfloat16() for _ in range(shards)] for x in (1.0, 1.0, 0.0, 0.0)]
+        adamw_(*lists, step=1, lr=2.0**-9, eps=0.0, weight_decay=0.0, stochastic_rounding=True, seed=seed,
+               backend=backend)  # fmt: skip
+        return [(x != 1).double() - 0.5 for x in lists[0]]
+
+    first, again, other = rounded(5), rounded(5), rounded(6)
+    assert all(map(torch.equal, first, again))
+    for a, b in ((first[0], first[1]), (first[0], other[0]), (first[1], other[1]), (first[0], other[1])):
+        assert (4 * (a * b).mean()).abs() < 4.5 / 4096**0.5
