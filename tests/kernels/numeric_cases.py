@@ -95,12 +95,15 @@ def add_norm_case(shape: tuple[int, ...], eps: float = 1e-6, seed: int = 0) -> C
     return Case("add + rms_norm", _text(shape), inputs, ("out", "sum"), grads, ours, torchs)
 
 
-def rope_case(B: int, T: int, H: int, K: int, D: int, seed: int = 0, positions: Tensor | None = None) -> Case:
+def rope_case(
+    B: int, T: int, H: int, K: int, D: int, seed: int = 0, positions: Tensor | None = None,
+    tables: tuple[Tensor, Tensor] | None = None,
+) -> Case:  # fmt: skip
     """Positions restart every three tokens, as documents of that length do, unless they are given."""
     if positions is None:
         positions = torch.arange(T).repeat(B, 1) % 3
     angles = torch.arange(int(positions.max()) + 1)[:, None] * 10000 ** (-torch.arange(0, D, 2).double() / D)
-    cos, sin = angles.cos().float(), angles.sin().float()
+    cos, sin = tables or (angles.cos().float(), angles.sin().float())
 
     def turn(x: Tensor) -> Tensor:
         """As a complex product: another road to the same numbers."""

@@ -27,6 +27,8 @@ from megastage.kernels.global_norm import global_norm
 from megastage.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_by_token
 from megastage.kernels.rms_norm import rms_norm
 from megastage.kernels.swiglu import swiglu
+from megastage.model.config import RopeScaling, RopeSpec
+from megastage.model.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("guard")
 BACKENDS = ("triton", "torch")
@@ -69,6 +71,17 @@ def test_norms_of_any_shape(rows, D, seed):
        first=st.integers(0, 50), seed=SEED)  # fmt: skip
 def test_rope_of_any_shape(B, T, H, K, half, first, seed):
     hold(rope_case(B, T, H, K, 2 * half, seed=seed, positions=torch.arange(first, first + T).repeat(B, 1)))
+
+
+@pytest.mark.parametrize("scaling", [None, "linear", "llama3", "yarn"])
+def test_rope_with_the_models_tables(scaling):
+    """Documents that restart within a row, and a context-parallel rank's part of one far out. YaRN's tables are longer
+    than a rotation, so that a gradient by their inverse instead of their transpose would show."""
+    kind = None if scaling is None else RopeScaling(kind=scaling, factor=8.0, original_max_positions=8192)
+    tables = rope_table(80, RopeSpec(theta=5e5, scaling=kind), 65_536)
+    far = torch.cat((torch.arange(65_530, 65_536), torch.arange(6)))
+    near = torch.arange(12) % 5
+    hold(rope_case(2, 12, 4, 2, 80, positions=torch.stack((far, near)), tables=tables))
 
 
 @DRAWN
