@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The CPU path of linear cross-entropy, RMSNorm and attention against PyTorch's own: time ratios, below 1 is faster.
 
-    python benchmarks/cpu_kernels.py [--repeat 9]
+    python benchmarks/cpu_kernels.py [--repeat 9] [--threads 1]
 
 Shapes are rows x width, rows x width x vocabulary, and for attention tokens x documents (6 query heads on 2 key/value
 heads of 64). Ours and theirs alternate, and the best of the repetitions counts, so that a busy machine disturbs both
@@ -26,6 +26,8 @@ from megastage.kernels.linear_cross_entropy import linear_cross_entropy
 from megastage.kernels.rms_norm import rms_norm
 
 Way = Callable[[], object]
+NORM_SHAPES = ((2048, 384), (1024, 4096), (8192, 64), (16, 384))
+LOSS_SHAPES = ((2048, 384, 8192), (512, 256, 32768), (64, 256, 32768))
 
 
 def best_ms(ways: dict[str, Way], repeat: int) -> dict[str, float]:
@@ -88,14 +90,14 @@ def attention_ways(T: int, documents: int, dtype: torch.dtype) -> dict[str, Way]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; 0: as it is set up")
     options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     print("| op, forward + backward | shape | dtype | against | ours ms | theirs ms | ratio |\n" + "|---" * 7 + "|")
     for dtype in (torch.float32, torch.bfloat16):
-        subjects = [("rms_norm", shape, norm_ways(*shape, dtype)) for shape in ((2048, 384), (1024, 4096))]
-        subjects += [
-            ("linear cross-entropy", shape, cross_entropy_ways(*shape, dtype))
-            for shape in ((2048, 384, 8192), (512, 256, 32768))
-        ]
+        subjects = [("rms_norm", shape, norm_ways(*shape, dtype)) for shape in NORM_SHAPES]
+        subjects += [("linear cross-entropy", shape, cross_entropy_ways(*shape, dtype)) for shape in LOSS_SHAPES]
         subjects += [
             ("attention", (2048, documents), attention_ways(2048, documents, dtype)) for documents in (1, 4, 16, 64)
         ]
