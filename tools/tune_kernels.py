@@ -60,11 +60,12 @@ def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
     """Packed documents of 2048 tokens, four query heads a group. dq and dkv are timed inside the whole backward."""
     from megastage.kernels import _attention_launch as launch
     from megastage.kernels._attention_reference import Geometry
-    from megastage.kernels._attention_tuning import architecture
+    from megastage.kernels._attention_tuning import architecture, key_kernels
 
     tokens, heads, groups = (48, 4, 2) if toy else (8192, 32, 4)
     cu_seqlens = torch.arange(0, tokens + 1, tokens // 4, dtype=torch.int32, device=device)[None]
-    has_tma = architecture(device.type, device.index) in ("sm_90", "sm_100")
+    arch = architecture(device.type, device.index)
+    has_tma = arch in ("sm_90", "sm_100")
     grid = {
         "block_m": (16, 32) if toy else (32, 64, 128), "block_n": (16, 32) if toy else (32, 64, 128),
         "cut": (16,) if toy else (16, 32, 64, 128), "num_warps": (4,) if toy else (4, 8),
@@ -81,10 +82,11 @@ def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
             "forward": lambda q=q, k=k, v=v, args=args: launch.forward(q, k, v, *args),
             "backward": lambda x=(out, None, q, k, v, out, lse, stats), args=args: launch.backward(*x, *args),
         }
-        for kernel in ("forward", "dq", "dkv"):
-            streamed = "block_m" if kernel == "dkv" else "block_n"
+        by_keys = key_kernels(arch, dtype, launch.padded(D))
+        for kernel in ("forward", "dq", *by_keys):
+            streamed = "block_m" if kernel in by_keys else "block_n"
             fits = lambda config, streamed=streamed: config["cut"] <= config[streamed] <= 4 * config["cut"]
-            tma = (0, 1) if has_tma and kernel == "dkv" else (int(has_tma),)
+            tma = (0, 1) if has_tma and kernel in by_keys else (int(has_tma),)
             work = works["forward" if kernel == "forward" else "backward"]
             yield Subject(f"attention_{kernel}", D, work, {**grid, "tma": tma}, fits)
 
