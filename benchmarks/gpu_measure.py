@@ -6,6 +6,7 @@ A process, because a kernel that reads foreign memory takes its CUDA context wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -37,16 +38,20 @@ class Log:
             file.write(json.dumps({"event": kind, **fields}) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # a process may die while it writes
+                found.append(json.loads(line))
+        return found
 
     def done(self) -> set[str]:
         return {event["key"] for event in self.events() if event["event"] in ("check", "time")}
 
 
 def place_of(options: argparse.Namespace) -> Place:
+    """Asks for nothing that would start CUDA in the supervising process, which needs none of the GPU's memory."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")
     dtype = DTYPES[options.dtype or ("bf16" if on_gpu or options.plan else "fp32")]
     return Place(TOY if options.dry_run else Sizes(), device, dtype)
 

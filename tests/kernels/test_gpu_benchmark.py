@@ -192,6 +192,15 @@ def test_work_goes_on_behind_an_item_that_kills_its_process(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_line_that_was_cut_short_is_left_out(tmp_path):
+    log = gpu.Log(tmp_path / "log")
+    log.write("time", key="a|1|ours", row={"op": "a"})
+    whole = log.path.read_text()
+    log.path.write_text(whole + whole[:-2])  # ends with the brace of the row
+    assert log.done() == {"a|1|ours"}
+    assert len(log.events()) == 1
+
+
 def test_a_hung_process_is_ended_in_time(tmp_path):
     log, starts = supervised(tmp_path, "write(event='begin', key='a|5|')\ntime.sleep(100)", seconds=2.0)
     assert starts == 1
