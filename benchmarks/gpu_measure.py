@@ -25,6 +25,7 @@ from megastage.kernels.dispatch import architecture, triton_version
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU_LOST = 70  # exit status: nothing can run in this process any more
 FLUSH_BYTES = 256 * 2**20
+HEAD_START_CYCLES = 2_000_000  # of a clock of 1 to 2 GHz
 
 
 class Log:
@@ -152,8 +153,8 @@ def repetitions(one_s: float) -> int:
 def median_ms(run: Callable[[], object], device: torch.device) -> float:
     """Median time of a call after one that is not counted; one on the CPU.
 
-    The device empties its cache while the host prepares the next call, so that short kernels are timed and not their
-    launch, as long as the launch takes less than that.
+    The device empties its cache and waits a millisecond while the host prepares the next call, so that kernels and not
+    their launch are timed, as long as the launch takes less than that.
     """
     run()
     if device.type != "cuda":
@@ -161,12 +162,16 @@ def median_ms(run: Callable[[], object], device: torch.device) -> float:
         run()
         return (time.perf_counter() - start_s) * 1e3
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    wait = getattr(
+        torch.cuda, "_sleep", lambda cycles: None
+    )  # not documented: without it, short calls show their launch
     times: list[float] = []
     wanted = 1
     while len(times) < wanted:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         flush.zero_()
+        wait(HEAD_START_CYCLES)
         start.record()
         run()
         end.record()

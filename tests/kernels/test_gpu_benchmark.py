@@ -148,11 +148,11 @@ def test_median_of_a_gpu_by_its_events():
 
     flush = mock.Mock(zero_=lambda: happened.append("flush"))
     with (
-        mock.patch.object(torch, "cuda", mock.Mock(Event=Event)),
+        mock.patch.object(torch, "cuda", mock.Mock(Event=Event, _sleep=lambda cycles: happened.append("sleep"))),
         mock.patch.object(torch, "empty", lambda *a, **k: flush),
     ):
         assert gpu_measure.median_ms(lambda: happened.append("run"), torch.device("cuda")) == 50.0
-    assert happened == ["run", *["flush", "record", "run", "record", "wait"] * 3]
+    assert happened == ["run", *["flush", "sleep", "record", "run", "record", "wait"] * 3]
 
 
 # --- processes
