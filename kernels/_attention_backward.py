@@ -13,6 +13,7 @@ from megastage.kernels._attention_common import (
     LOG2E,
     block_plan,
     cut_block,
+    exact_cap,
     key_tile,
     load_block,
     load_rows,
@@ -28,13 +29,17 @@ from megastage.kernels._attention_common import (
 
 @triton.jit
 def attention_delta_kernel(
-    OUT, DOUT, LSE, DLSE, LSE2, DELTA, LOW, HIGH,
-    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_bounds,
+    OUT, DOUT, LSE, DLSE, TOTAL, LSE2, DELTA, SCALED, LOW, HIGH,
+    stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_sb, stride_st, stride_sh, stride_bounds,
     T, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr, LONE: tl.constexpr,
 ):  # fmt: skip
-    """Per query: LSE2 = lse in units of log2 (for fp32 of e) and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
+    """Per query: LSE2 = lse in units of log2 and DELTA = sum(out * dout) - dlse, fp32 [B, H, T].
 
+    fp32 inputs: LSE is the largest score instead and TOTAL the sum of exponentials. LSE2 is then that score as it is,
+    and DELTA and dout, stored to SCALED, are divided by TOTAL: the main kernels form exp(score - largest), as the
+    softmax does. Its exponent is small where the probability is large; that of exp(score - lse) is not, and its
+    rounding would be most of the error.
     Queries without keys get LSE2 = +inf, which makes their probabilities 0 in the main kernels.
     LONE: mark queries that see one key, and no sink, by LSE2 = NaN. Their probability is 1 and out * dout cancels, so
     that DELTA is -dlse. The main kernels take them as such where they work in fp32.
@@ -49,12 +54,12 @@ def attention_delta_kernel(
     dout = load_rows(DOUT + b * stride_db + h * stride_dh, start, stride_dt, 0, T, BLOCK_M, D, BLOCK_D, True)
     row = bh.to(tl.int64) * T + t
     lse = tl.load(LSE + row, mask=t < T, other=float("-inf"))
-    if OUT.dtype.element_ty == tl.float32:
-        delta = tl.sum(out.to(tl.float64) * dout.to(tl.float64), 1).to(tl.float32)
-        lse2 = lse
-    else:
+    if TOTAL is None:
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         lse2 = lse * LOG2E
+    else:
+        delta = tl.sum(out.to(tl.float64) * dout.to(tl.float64), 1)
+        lse2 = lse
     if HAS_DLSE:
         delta -= tl.load(DLSE + row, mask=t < T, other=0.0)
     empty = lse == float("-inf")
@@ -67,6 +72,11 @@ def attention_delta_kernel(
             delta = tl.where(lone, -tl.load(DLSE + row, mask=t < T, other=0.0), delta)
         else:
             delta = tl.where(lone, 0.0, delta)
+    if TOTAL is not None:
+        total = tl.load(TOTAL + row, mask=t < T, other=1.0)
+        delta = (delta / total).to(tl.float32)
+        scaled = SCALED + b * stride_sb + h * stride_sh
+        store_rows(scaled, start, stride_st, T, dout / total[:, None], BLOCK_M, D, BLOCK_D)
     tl.store(LSE2 + row, tl.where(empty, float("inf"), lse2), mask=t < T)
     tl.store(DELTA + row, tl.where(empty, 0.0, delta), mask=t < T)
 
@@ -81,9 +91,10 @@ def _lone(lse2):
 def _probability(scores, lse2, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """(p, t): probabilities from raw products, and the capped score as a share of the cap (used by its derivative)."""
     if SOFTCAP:
-        t = tanh(scores * (scale / softcap), EXACT)
         if EXACT:
-            return tl.where(_lone(lse2), 1.0, tl.math.exp2((t * softcap - lse2) * LOG2E)), t
+            capped, t = exact_cap(scores, scale, softcap)
+            return tl.where(_lone(lse2), 1.0, tl.math.exp2((capped - lse2) * LOG2E)), t
+        t = tanh(scores * (scale / softcap))
         return tl.math.exp2(t * (softcap * LOG2E) - lse2), t
     if EXACT:
         return tl.where(_lone(lse2), 1.0, tl.math.exp2((scores * scale - lse2) * LOG2E)), scores

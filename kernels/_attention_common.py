@@ -186,9 +186,14 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """Hyperbolic tangent; EXACT: right to the last digits of fp32, where the quotient in fp32 would cancel near 0."""
-    if EXACT:
-        wide = x.to(tl.float64)
-        return (1.0 - 2.0 / (1.0 + tl.math.exp2(wide * (2.0 * LOG2E)))).to(tl.float32)
+def tanh(x):
+    """Hyperbolic tangent, in the type of x. The quotient cancels near 0: fp32 keeps as many digits as 16 bit need."""
     return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def exact_cap(scores, scale, softcap):
+    """(capped scores, their share of the cap), right to the last digit of fp32: between the products and the result
+    nothing is rounded."""
+    share = tanh(scores.to(tl.float64) * scale / softcap)
+    return (share * softcap).to(tl.float32), share.to(tl.float32)

@@ -10,6 +10,7 @@ from megastage.kernels._attention_common import (
     LOWEST,
     block_plan,
     cut_block,
+    exact_cap,
     load_block,
     load_rows,
     load_tile,
@@ -27,10 +28,10 @@ def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
     """(scores, factor): scores * factor is in units of log2. fp32 scores are final: their factor is log2(e) alone."""
     scores = product(q, tl.trans(k), None, PRECISION)
     if SOFTCAP:
-        capped = tanh(scores * (scale / softcap), q.dtype == tl.float32)
         if q.dtype == tl.float32:
-            return capped * softcap, LOG2E
-        return capped, softcap * LOG2E
+            capped, _ = exact_cap(scores, scale, softcap)
+            return capped, LOG2E
+        return tanh(scores * (scale / softcap)), softcap * LOG2E
     if q.dtype == tl.float32:
         return scores * scale, LOG2E
     return scores, scale * LOG2E
@@ -109,7 +110,7 @@ def _cut_blocks(
 
 @triton.jit(do_not_specialize=["stride_bounds"])
 def attention_forward_kernel(
-    K_DESC, V_DESC, Q, K, V, OUT, LSE, SINK, LOW, HIGH,
+    K_DESC, V_DESC, Q, K, V, OUT, LSE, PEAK, TOTAL, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
@@ -121,6 +122,7 @@ def attention_forward_kernel(
     """One program computes BLOCK_M queries of one head.
 
     Q, OUT [B, T, H, D]; K, V [B, S, H / GROUPS, D]; LSE fp32 [B, H, T]; SINK fp32 [H]; LOW, HIGH int32 [B, T].
+    PEAK, TOTAL: largest score and sum of exponentials of each query, fp32 [B, H, T], for fp32 inputs; else None.
     K_DESC, V_DESC: TMA descriptors of K and V, read only by the loop over full blocks; cut blocks go through pointers,
     whose mask keeps keys outside the tile's interval (another's padding) out of the products.
     """
@@ -161,9 +163,11 @@ def attention_forward_kernel(
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
     store_rows(OUT + b * stride_ob + h.to(tl.int64) * stride_oh, start, stride_ot, T, out, BLOCK_M, D, BLOCK_D)
-    if q.dtype == tl.float32:
-        lse = top + tl.math.log2(total) * (1.0 / LOG2E)
-    else:
+    row = bh.to(tl.int64) * T + t
+    if PEAK is None:
         lse = (top + tl.math.log2(total)) * (1.0 / LOG2E)
-    lse = tl.where(empty, float("-inf"), lse)
-    tl.store(LSE + bh.to(tl.int64) * T + t, lse, mask=t < T)
+    else:
+        lse = top + tl.math.log2(total) * (1.0 / LOG2E)
+        tl.store(PEAK + row, tl.where(empty, float("-inf"), top), mask=t < T)
+        tl.store(TOTAL + row, total, mask=t < T)
+    tl.store(LSE + row, tl.where(empty, float("-inf"), lse), mask=t < T)

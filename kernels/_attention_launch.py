@@ -25,14 +25,20 @@ MAX_ROW_STRIDE = 2**31 // 256 - 1
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sink: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, D], lse fp32 [B, H, T])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, T, H, D], lse fp32 [B, H, T], stats).
+
+    stats, of fp32 inputs: each query's largest score and sum of exponentials, fp32 [2, B, H, T], which give backward
+    more digits than lse does; else empty.
+    """
     B, T, H, D = q.shape
     S = k.shape[1]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    stats = lse.new_empty((2, *lse.shape) if exact else 0)
     if q.numel() == 0 or S == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     tiles = _tiles("forward", q, geometry)
     shared = _shared(geometry, q, tiles)
     with _device(q):
@@ -40,16 +46,16 @@ def forward(
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         attention_forward_kernel[(triton.cdiv(T, tiles.block_m) * B * H,)](
             *_descriptors((k, v), tiles.block_n, tiles.tma), q, k, v, out, lse,
-            None if sink is None else sink.float().contiguous(), low, high,
+            *(stats if exact else (None, None)), None if sink is None else sink.float().contiguous(), low, high,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             stride_bounds, T, S, H, H // k.shape[2], geometry.scale, geometry.softcap,
             HAS_SINK=sink is not None, **shared,
         )  # fmt: skip
-    return out, lse
+    return out, lse, stats
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, stats: Tensor,
     cu_seqlens: Tensor | None, sink: Tensor | None, geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dsink); dsink is empty without a sink."""
@@ -62,29 +68,33 @@ def backward(
     dq_tiles, dkv_tiles = (_tiles(kernel, q, geometry) for kernel in ("dq", "dkv"))
     dq_shared, dkv_shared = (_shared(geometry, q, tiles) for tiles in (dq_tiles, dkv_tiles))
     lse2, delta = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(2))
+    exact = stats.numel() > 0
+    shift = stats[0] if exact else lse.contiguous()
     sizes = (T, S, H, H // K, geometry.scale, geometry.softcap)
     with _device(q):
-        out, (q, dout) = _readable(out), _streamed(q, dout, dkv_tiles.tma)
+        out, dout = _readable(out), _readable(dout)
+        q, scaled = _streamed(q, _room(dout) if exact else dout, dkv_tiles.tma)
         k, v = _streamed(k, v, dq_tiles.tma)
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scaled.stride()[:3])
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
         backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
-            out, dout, lse.contiguous(), None if dlse is None else dlse.float().contiguous(), lse2, delta,
-            low, high, *out.stride()[:3], *dout.stride()[:3], stride_bounds, T, H,
+            out, dout, shift, None if dlse is None else dlse.float().contiguous(), stats[1] if exact else None,
+            lse2, delta, scaled if exact else None, low, high,
+            *out.stride()[:3], *dout.stride()[:3], *scaled.stride()[:3], stride_bounds, T, H,
             D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
-            LONE=sink is None and q.dtype == torch.float32, enable_fp_fusion=True,
+            LONE=sink is None and exact, enable_fp_fusion=True,
         )  # fmt: skip
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, dq_tiles.block_m) * B * H,)](
-            *_descriptors((k, v), dq_tiles.block_n, dq_tiles.tma), q, k, v, dout, lse2, delta, dq, low, high,
+            *_descriptors((k, v), dq_tiles.block_n, dq_tiles.tma), q, k, v, scaled, lse2, delta, dq, low, high,
             *strides, *dq.stride()[:3], stride_bounds, *sizes, **dq_shared,
         )  # fmt: skip
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
         backward_kernels.attention_dkv_kernel[(triton.cdiv(S, dkv_tiles.block_n) * B * K,)](
-            *_descriptors((q, dout), dkv_tiles.block_m, dkv_tiles.tma), q, k, v, dout, lse2, delta, dk, dv, low, high,
-            *strides, *dk.stride()[:3], stride_bounds, *sizes, **dkv_shared,
+            *_descriptors((q, scaled), dkv_tiles.block_m, dkv_tiles.tma), q, k, v, scaled, lse2, delta, dk, dv,
+            low, high, *strides, *dk.stride()[:3], stride_bounds, *sizes, **dkv_shared,
         )  # fmt: skip
     if sink is not None:
-        dsink = sink_gradient(lse, delta, sink).to(sink.dtype)
+        dsink = sink_gradient(shift, delta, sink).to(sink.dtype)
     return dq, dk, dv, dsink
 
 
@@ -159,9 +169,13 @@ def _is_matrix(x: Tensor) -> bool:
 
 
 def _copy(x: Tensor) -> Tensor:
+    return _room(x).copy_(x)
+
+
+def _room(x: Tensor) -> Tensor:
+    """An empty tensor like x that the kernels can read: rows have a gap behind each head up to a multiple of 16."""
     B, N, heads, D = x.shape
-    room = torch.empty((B, N, heads, 16 * triton.cdiv(D, 16)), dtype=x.dtype, device=x.device)
-    return room[..., :D].copy_(x)
+    return torch.empty((B, N, heads, 16 * triton.cdiv(D, 16)), dtype=x.dtype, device=x.device)[..., :D]
 
 
 def _descriptors(tensors: tuple[Tensor, Tensor], rows: int, tma: bool) -> list[TensorDescriptor | None]:

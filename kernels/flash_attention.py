@@ -67,7 +67,7 @@ def attention(
     backend = _resolve(backend, q_BTHD)
     if cu_seqlens_BC is not None:
         cu_seqlens_BC = cu_seqlens_BC.to(torch.int32).contiguous()
-    out, lse = attention_op(
+    out, lse, _ = attention_op(
         q_BTHD, k_BSKD, v_BSKD, cu_seqlens_BC, sink_H, causal, scale, q_offset, window or 0, softcap or 0.0, backend
     )
     return (out, lse) if return_lse else out
@@ -118,61 +118,59 @@ def _launcher():
     return _attention_launch
 
 
-def _implementation(backend: str):
-    if backend == "triton":
-        launcher = _launcher()
-        return launcher.forward, launcher.backward
-    return reference.attention_forward, reference.attention_backward
-
-
 @torch.library.custom_op(
     "megastage::attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sink, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sink, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def attention_op(q, k, v, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend):
+    """(out, lse, stats): stats is what Triton's backward needs beyond lse for fp32 inputs, else empty."""
     geometry = Geometry(causal, scale, q_offset, window, softcap)
-    return _implementation(backend)[0](q, k, v, cu_seqlens, sink, geometry)
+    if backend == "triton":
+        return _launcher().forward(q, k, v, cu_seqlens, sink, geometry)
+    return *reference.attention_forward(q, k, v, cu_seqlens, sink, geometry), q.new_empty(0, dtype=torch.float32)
 
 
 @attention_op.register_fake
 def _(q, k, v, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend):
     B, T, H, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=wide)
+    stats = (2, B, H, T) if backend == "triton" and q.dtype == torch.float32 else 0
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=wide), q.new_empty(stats, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "megastage::attention_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
-    f"Tensor? sink, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor stats, "
+    f"Tensor? cu_seqlens, Tensor? sink, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward_op(
-    dout, dlse, q, k, v, out, lse, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend
+    dout, dlse, q, k, v, out, lse, stats, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend
 ):
     geometry = Geometry(causal, scale, q_offset, window, softcap)
-    return _implementation(backend)[1](dout, dlse, q, k, v, out, lse, cu_seqlens, sink, geometry)
+    if backend == "triton":
+        return _launcher().backward(dout, dlse, q, k, v, out, lse, stats, cu_seqlens, sink, geometry)
+    return reference.attention_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sink, geometry)
 
 
 @attention_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend):
+def _(dout, dlse, q, k, v, out, lse, stats, cu_seqlens, sink, causal, scale, q_offset, window, softcap, backend):
     dsink = q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens, sink, *ctx.options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, sink)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, sink)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, sink = ctx.saved_tensors
+def _backward(ctx, dout, dlse, _):
+    q, k, v, out, lse, stats, cu_seqlens, sink = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsink = attention_backward_op(dout, dlse, q, k, v, out, lse, cu_seqlens, sink, *ctx.options)
+    dq, dk, dv, dsink = attention_backward_op(dout, dlse, q, k, v, out, lse, stats, cu_seqlens, sink, *ctx.options)
     return dq, dk, dv, None, None if sink is None else dsink, *[None] * len(ctx.options)
 
 
@@ -206,6 +204,6 @@ def _forward_flop(q, k, v, cu_seqlens, sink, causal, scale, q_offset, window, *_
 
 
 @register_flop_formula(torch.ops.megastage.attention_backward)
-def _backward_flop(dout, dlse, q, k, v, out, lse, cu_seqlens, sink, causal, scale, q_offset, window, *_, **__) -> int:
+def _backward_flop(dout, dlse, q, k, v, out, lse, stats, cu, sink, causal, scale, q_offset, window, *_, **__) -> int:
     """Five products, as model FLOPs count them; the split backward computes two of them twice."""
     return _flop(q, k, causal, q_offset, window, 5)

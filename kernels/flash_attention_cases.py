@@ -69,9 +69,9 @@ def run(
         cu_seqlens = torch.tensor([[0, 1, tokens]], dtype=torch.int32) if mask == "documents" else None
         window, offset = (37 if mask == "window" else 0), (5 if mask == "offset" else 0)
         geometry = Geometry(mask != "full", D**-0.5, offset, window, softcap)
-        out, lse = launch.forward(q, k, v, cu_seqlens, logits, geometry)
+        out, lse, stats = launch.forward(q, k, v, cu_seqlens, logits, geometry)
         dlse = lse if mask == "full" else None
-        launch.backward(out, dlse, q, k, v, out, lse, cu_seqlens, logits, geometry)
+        launch.backward(out, dlse, q, k, v, out, lse, stats, cu_seqlens, logits, geometry)
 
 
 def _draw(tokens: int, D: int, heads: str, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Tables for docs/kernels-gate.md out of what the gate wrote.
+"""Tables for the documentation out of what the gate wrote.
 
-python tools/kernel_gate.py --plain --json A.json
 pip install --no-deps --target DIR triton==3.9.0
+python tools/kernel_gate.py --plain --json A.json
 python tools/kernel_gate.py --plain --json B.json --triton DIR
-python tools/kernel_tables.py A.json B.json > docs/kernels-gate.md
+python tools/kernel_tables.py A.json B.json > docs/kernels-gate.md     every plain form
+python tools/kernel_tables.py --summary C.json D.json                  a line a kernel, for docs/kernels.md: C.json and
+                                                                       D.json of the whole gate, without --plain
 """
 
 from __future__ import annotations
@@ -116,6 +118,35 @@ def bars(files: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def summary(files: Sequence[dict[str, Any]]) -> str:
+    """A line for each kernel and Triton: over all forms that the gate judged, the worst of every figure."""
+    lines = []
+    for file in files:
+        failed = sum(bool(entry["problems"]) for entry in file["kernels"])
+        lines += ["", f"Triton {file['triton']}: {len(file['kernels'])} forms, {failed} failed.", ""]
+        archs = list(dict.fromkeys(entry["arch"] for entry in file["kernels"]))
+        lines += ["| kernel | " + " | ".join(archs) + " |", "|" + "---|" * (1 + len(archs))]
+        found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for entry in file["kernels"]:
+            wide = entry["kernel"].startswith("attention") and "fp32" in entry["case"]
+            row = found.setdefault(entry["kernel"] + (", fp32" if wide else ""), {})
+            row.setdefault(entry["arch"], []).append(entry)
+        for name, row in found.items():
+            lines.append(f"| {name} | " + " | ".join(worst(row.get(arch, [])) for arch in archs) + " |")
+    return "\n".join(lines[1:])
+
+
+def worst(entries: Sequence[dict[str, Any]]) -> str:
+    """The summary's cell: forms (failed) / most registers / most spills / fewest blocks a multiprocessor."""
+    if not entries:
+        return ""
+    reports = [entry["report"] for entry in entries if entry["report"]]
+    failed = sum(bool(entry["problems"]) for entry in entries)
+    loops = [sum(x["local"] for x in r["loops"]) if main_loop(r) else r["spills"] for r in reports]
+    figures = (max(r["registers"] for r in reports), max(loops), min(r["ctas_per_sm"] for r in reports))
+    return " / ".join((f"{len(entries)} ({failed})", *map(str, figures)))
+
+
 def page(files: Sequence[dict[str, Any]]) -> str:
     lines = [HEAD, "", "## Static bars", ""]
     lines += ["bf16, head dimension 128: non-MMA instructions per kflop of the main loop, ceiling without overlap.", ""]
@@ -133,9 +164,11 @@ def page(files: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="written by kernel_gate.py --json")
+    parser.add_argument("--summary", action="store_true", help="a line a kernel instead of every form")
     options = parser.parse_args(argv)
     sys.path.insert(0, str(REPO))
-    print(page([json.loads(Path(file).read_text()) for file in options.files]))
+    files = [json.loads(Path(file).read_text()) for file in options.files]
+    print(summary(files) if options.summary else page(files))
     return 0
 
 

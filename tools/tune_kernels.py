@@ -76,10 +76,10 @@ def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
         k, v = (torch.randn(1, tokens, heads // groups, D, **shape) for _ in range(2))
         geometry = Geometry(True, D**-0.5, 0, 0, 0.0)
         args = (cu_seqlens, None, geometry)
-        out, lse = launch.forward(q, k, v, *args)
+        out, lse, stats = launch.forward(q, k, v, *args)
         works: dict[str, Work] = {
             "forward": lambda q=q, k=k, v=v, args=args: launch.forward(q, k, v, *args),
-            "backward": lambda q=q, k=k, v=v, o=out, x=lse, args=args: launch.backward(o, None, q, k, v, o, x, *args),
+            "backward": lambda x=(out, None, q, k, v, out, lse, stats), args=args: launch.backward(*x, *args),
         }
         for kernel in ("forward", "dq", "dkv"):
             streamed = "block_m" if kernel == "dkv" else "block_n"

@@ -44,9 +44,9 @@ def poisoned_run(case: Case, monkeypatch) -> list[torch.Tensor]:
     x = {n: guarded(t, float("nan")) for n, t in case.inputs(torch.float32).items()}
     cu = guarded(case.cu_seqlens(), 2**30)
     geometry = Geometry(case.causal, 0.2, case.q_offset, case.window or 0, case.softcap or 0.0)
-    out, lse = launch.forward(x["q"], x["k"], x["v"], cu, None, geometry)
+    out, lse, stats = launch.forward(x["q"], x["k"], x["v"], cu, None, geometry)
     dout, dlse = (guarded(t.float(), float("nan")) for t in case.cotangents())
-    grads = launch.backward(dout, dlse, x["q"], x["k"], x["v"], out, lse, cu, None, geometry)
+    grads = launch.backward(dout, dlse, x["q"], x["k"], x["v"], out, lse, stats, cu, None, geometry)
     monkeypatch.undo()
     for buffer in made:
         edge = guards(buffer)

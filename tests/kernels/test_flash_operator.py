@@ -16,24 +16,31 @@ CASE = Case(B=2, T=40, S=40, H=4, K=2, cu=((0, 9, 9, 33, 33), (0, 40, 40, 40, 40
 BOTH = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
-def arguments(case: Case, backend: str, grad: bool = True) -> tuple:
-    x = {n: t.requires_grad_(grad) for n, t in case.inputs(torch.float32).items()}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def arguments(case: Case, backend: str, dtype: torch.dtype, grad: bool = True) -> tuple:
+    x = {n: t.requires_grad_(grad) for n, t in case.inputs(dtype).items()}
     tail = (case.causal, case.D**-0.5, case.q_offset, case.window or 0, case.softcap or 0.0, backend)
     return x["q"], x["k"], x["v"], case.cu_seqlens(), x.get("sink"), *tail
 
 
 @BOTH
-def test_opcheck(backend):
-    torch.library.opcheck(attention_op, arguments(CASE, backend))
-    torch.library.opcheck(attention_op, arguments(Case(T=20, S=20), backend))
+@DTYPES
+def test_opcheck(backend, dtype):
+    torch.library.opcheck(attention_op, arguments(CASE, backend, dtype))
+    torch.library.opcheck(attention_op, arguments(Case(T=20, S=20), backend, dtype))
 
 
 @BOTH
-def test_opcheck_backward(backend):
-    q, k, v, cu, sink, *tail = arguments(CASE, backend, grad=False)
-    out, lse = attention_op(q, k, v, cu, sink, *tail)
+@DTYPES
+def test_opcheck_backward(backend, dtype):
+    q, k, v, cu, sink, *tail = arguments(CASE, backend, dtype, grad=False)
+    out, lse, stats = attention_op(q, k, v, cu, sink, *tail)
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(attention_backward_op, (torch.randn_like(out), dlse, q, k, v, out, lse, cu, sink, *tail))
+        torch.library.opcheck(
+            attention_backward_op, (torch.randn_like(out), dlse, q, k, v, out, lse, stats, cu, sink, *tail)
+        )
 
 
 def gradients(case: Case, run):
