@@ -53,6 +53,21 @@ def test_back_ends_draw_the_same_numbers(param, state, stochastic):
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-6)
 
 
+def test_every_list_has_its_own_dtype():
+    """bf16 parameters with fp32 gradients and states, as a mixed-precision reduction leaves them; and the other way."""
+    kinds = (torch.bfloat16, torch.float32)
+    found = []
+    for backend in ("triton", "torch"):
+        (wide, grads, means, squares), (narrow, *_) = lists(), lists(torch.bfloat16)
+        mixed = [[*narrow, *wide], [*grads, *(g.bfloat16() for g in grads)]]
+        mixed += [[x.clone() for x in (*states, *states)] for states in (means, squares)]
+        # stochastic: rounding to nearest bf16 is not modelled by the interpreter
+        adamw_(*mixed, step=2, lr=0.1, stochastic_rounding=True, seed=3, backend=backend)
+        assert [x.dtype for x in mixed[0]] == [kind for kind in kinds for _ in SIZES]
+        found.append([x.float() for tensors in (mixed[0], *mixed[2:]) for x in tensors])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_parameters_that_require_gradients_are_updated_in_place(backend):
     parameter = torch.ones(5, requires_grad=True)
