@@ -12,7 +12,8 @@ end that is missing, memory that is not enough) is written down with its reason,
 plain form of attention, whose scores alone are 64 GiB.
 
 Time: what matters most comes first, nothing is begun that is not expected to fit, and the process that does the work
-is ended when the minutes are over, whatever it does then. If it dies, another goes on behind what it was doing.
+is ended when the minutes are over, whatever it does then. If it dies or gives no answer for two minutes, another goes
+on behind what it was doing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from gpu_report import plot, table
 LENGTHS = [2**n for n in range(10, 18)]
 REPORT_S = 20.0  # kept for the end of the process, the tables and the plot
 LEAST_START_S = 20.0  # a process that has less left is not started: it would do little but import
-MOST_STARTS = 6
+MOST_STARTS = 40
+SILENT_S = 120.0  # no result for so long is a kernel that does not end; compiling flex takes a third of it
+POLL_S = 0.5
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,15 +84,25 @@ def supervise(
             return
         worker = start([sys.executable, str(Path(__file__).resolve()), *argv, "--worker-seconds", f"{left_s:.1f}"])
         try:
-            status = worker.wait(timeout=left_s)
-        except subprocess.TimeoutExpired:
-            status = None
+            why = watch(worker, log, end_s, clock)
         finally:  # also at Ctrl-C
             end(worker)
-        if status == 0:
+        if why is None or not note_end(log, why, worker.returncode):
             return
-        if not note_end(log, status):
-            return  # it died before it began anything: so would the next
+
+
+def watch(worker: Any, log: Log, end_s: float, clock: Callable[[], float]) -> str | None:
+    """Wait for a process; why it did not finish, or None."""
+    size, heard_s = -1, clock()
+    while (now_s := clock()) < end_s:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = worker.wait(timeout=max(0.01, min(POLL_S, end_s - now_s)))
+            return None if status == 0 else f"its process died (status {status})"
+        if (found := log.size()) != size:
+            size, heard_s = found, clock()
+        elif clock() - heard_s > SILENT_S:
+            return f"it was ended: no answer for {SILENT_S:.0f} s"
+    return "it was ended: out of time (--minutes)"
 
 
 def end(worker: Any) -> None:
@@ -99,12 +112,11 @@ def end(worker: Any) -> None:
         worker.wait(timeout=5)
 
 
-def note_end(log: Log, status: int | None) -> bool:
+def note_end(log: Log, why: str, status: int | None) -> bool:
     """Write down what a process was doing at its end; False if it had done nothing since the last one's end."""
     events = log.events()
     last = events[-1] if events else {"event": "none"}
     if last["event"] == "begin":
-        why = "it was ended: out of time (--minutes)" if status is None else f"its process died (status {status})"
         op, length, way = last["key"].split("|")
         if way:
             row = {"op": op, "length": int(length), "way": way, "did_not_run": why}
@@ -112,7 +124,7 @@ def note_end(log: Log, status: int | None) -> bool:
         else:
             log.write("check", key=last["key"], rows=[], problems=[f"{op}, {length} tokens: {why}"])
         return True
-    log.write("ended", status=status)
+    log.write("ended", why=why)
     return status == GPU_LOST or last["event"] in ("check", "time")
 
 

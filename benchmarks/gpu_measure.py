@@ -45,6 +45,9 @@ class Log:
                 found.append(json.loads(line))
         return found
 
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def done(self) -> set[str]:
         return {event["key"] for event in self.events() if event["event"] in ("check", "time")}
 

@@ -154,9 +154,11 @@ def time_ms(work: Work, device: torch.device) -> float:
     """Best of several medians would flatter; the median of 20 calls it is."""
     work()
     times = []
+    wait = getattr(torch.cuda, "_sleep", lambda cycles: None)
     for _ in range(20 if device.type == "cuda" else 1):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            wait(2_000_000)  # about a millisecond, in which the host prepares the launch
             start.record()
             work()
             end.record()

@@ -122,6 +122,23 @@ def test_the_budget_holds_on_a_slower_gpu(slower):
         assert {i.length for i in begun if i.way == "flex"} >= {32768, 131072}
 
 
+def test_checks_come_first_and_a_second_process_goes_on_behind_them(tmp_path, capsys):
+    arguments = ["--dry-run", "--ops", "swiglu", "--lengths", "8", "--out", str(tmp_path), "--worker-seconds"]
+    with (
+        mock.patch.object(
+            gpu_measure, "timings", lambda *a: [Item("swiglu", 8, way, 1.0) for way in ("ours", "plain")]
+        ),
+        mock.patch.object(gpu_measure, "Item", lambda *a: Item(*a, 1.0)),
+    ):  # expected to take a second each
+        assert gpu.main([*arguments, "0"]) == 0
+        log = gpu.Log(tmp_path / "gpu.jsonl")
+        assert [e["event"] for e in log.events()] == ["facts", *["begin", "check"] * 2]
+        assert gpu.main([*arguments, "100"]) == 0
+    assert [e["event"] for e in log.events()[5:]] == ["begin", "time"] * 2
+    assert {e["row"]["way"] for e in log.events() if e["event"] == "time"} == {"ours", "plain"}
+    assert "swiglu, checked: right" in capsys.readouterr().out
+
+
 def test_repetitions_shrink_with_the_length_of_a_call():
     assert gpu_measure.repetitions(1e-5) == 200
     assert gpu_measure.repetitions(0.01) == 10
@@ -169,7 +186,7 @@ def supervised(tmp_path, script, seconds=60.0):
     log = gpu.Log(tmp_path / "log")
     run = start(script)
     begun = []
-    with mock.patch.object(gpu, "LEAST_START_S", 0.2):
+    with mock.patch.multiple(gpu, LEAST_START_S=0.2, POLL_S=0.05, MOST_STARTS=6):
         gpu.supervise([], log, seconds, lambda command: begun.append(1) or run([str(log.path)]))
     return log, len(begun)
 
@@ -208,10 +225,34 @@ def test_a_hung_process_is_ended_in_time(tmp_path):
     assert found["problems"] == ["a, 5 tokens: it was ended: out of time (--minutes)", "b, 5 tokens: not checked"]
 
 
+def test_work_goes_on_behind_an_item_that_never_ends(tmp_path):
+    script = """
+        if os.path.getsize(sys.argv[1]):
+            write(event="check", key="b|5|", rows=[], problems=[])
+            sys.exit(0)
+        write(event="begin", key="a|5|")
+        time.sleep(100)
+    """
+    with mock.patch.object(gpu, "SILENT_S", 1.0):
+        log, starts = supervised(tmp_path, script)
+    assert starts == 2
+    assert gpu.collect([Item("a", 5), Item("b", 5)], log)["problems"] == [
+        "a, 5 tokens: it was ended: no answer for 1 s"
+    ]  # fmt: skip
+
+
+def test_a_broken_cuda_context_is_noticed():
+    broken = mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    for synchronize, lost in ((broken, True), (mock.Mock(), False)):
+        with mock.patch.object(torch, "cuda", mock.Mock(synchronize=synchronize)):
+            assert gpu_measure.is_lost(torch.device("cuda")) == lost
+
+
 def test_a_process_that_cannot_start_is_not_tried_for_ever(tmp_path):
     assert supervised(tmp_path, "sys.exit(1)")[1] == 1
     again = "write(event='begin', key=f'{time.time()}|1|ours')\nos._exit(1)"
-    assert supervised(tmp_path / "..", again)[1] == gpu.MOST_STARTS
+    (tmp_path / "again").mkdir()
+    assert supervised(tmp_path / "again", again)[1] == 6
 
 
 # --- pieces and arguments
