@@ -41,6 +41,7 @@ def adamw_(
     must differ from step to step and from rank to rank, and then an update is reproducible bit for bit.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, step, seed)
+    _check_devices(params, grads, exp_avgs, exp_avg_sqs, grad_scale)
     groups: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
     for row in zip(params, grads, exp_avgs, exp_avg_sqs):
         if row[0].numel():
@@ -128,6 +129,13 @@ def _check(
         raise ValueError("exp_avg and exp_avg_sq of a parameter must share one dtype")
     if step < 1 or not 0 <= seed < 2**31:
         raise ValueError(f"step = {step} must be at least 1 and seed = {seed} between 0 and 2^31 - 1")
+
+
+def _check_devices(*lists: Sequence[Tensor] | Tensor | None) -> None:
+    """The kernel gets addresses, and would read another device's as its own."""
+    tensors = [x for xs in lists if xs is not None for x in ([xs] if isinstance(xs, Tensor) else xs)]
+    if len(devices := {x.device for x in tensors}) > 1:
+        raise ValueError(f"adamw_: tensors on {', '.join(sorted(map(str, devices)))}: they must share one device")
 
 
 @torch.library.custom_op("megastage::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))

@@ -91,6 +91,7 @@ def forward(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) ->
     """(normed, x + residual or an empty tensor, 1/rms of each row in fp32)."""
     D = x.shape[-1]
     x_ND, residual_ND = rows_of(x), None if residual is None else rows_of(residual)
+    weight_D = weight_D.contiguous()
     N = x_ND.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty_like(out)
@@ -112,7 +113,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by the weight; `grad_total` (of x + residual) is added to the former."""
     D = x.shape[-1]
-    grad_ND, x_ND = rows_of(grad), rows_of(x)
+    grad_ND, x_ND, weight_D = rows_of(grad), rows_of(x), weight_D.contiguous()
     total_ND = None if grad_total is None else rows_of(grad_total)
     N = x_ND.shape[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
