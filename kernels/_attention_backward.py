@@ -241,7 +241,7 @@ def _dkv_full_blocks(
     dk, dv, k, v, Q_DESC, DOUT_DESC, q_base, d_base, lse2_row, delta_row, b, h, full_start, full_stop,
     stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
     """Add the blocks of one head's queries that see every key of the tile: no mask. dout and delta are loaded only
     where they are used, which saves their registers before."""
@@ -254,10 +254,13 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_block(DOUT_DESC, d_row + t, h, stride_dh, BLOCK_M, D, BLOCK_D)
-            dp = product(v, tl.trans(dout), None, PRECISION)
-            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-            delta = tl.load(delta_row + t + m)
-            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
+            if WITH_DK:
+                dp = product(v, tl.trans(dout), None, PRECISION)
+            if WITH_DV:
+                dv = product(p.to(dout.dtype), dout, dv, PRECISION)
+            if WITH_DK:
+                delta = tl.load(delta_row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
     else:
         q_pointers = row_pointers(q_base, full_start, stride_qt, BLOCK_M, BLOCK_D)
         d_pointers = row_pointers(d_base, full_start, stride_dt, BLOCK_M, BLOCK_D)
@@ -266,10 +269,13 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_tile(d_pointers, D, BLOCK_D)
-            dp = product(v, tl.trans(dout), None, PRECISION)
-            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-            delta = tl.load(delta_row + t + m)
-            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
+            if WITH_DK:
+                dp = product(v, tl.trans(dout), None, PRECISION)
+            if WITH_DV:
+                dv = product(p.to(dout.dtype), dout, dv, PRECISION)
+            if WITH_DK:
+                delta = tl.load(delta_row + t + m)
+                dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
             q_pointers += BLOCK_M * stride_qt
             d_pointers += BLOCK_M * stride_dt
     return dk, dv
@@ -280,6 +286,7 @@ def _dkv_cut_blocks(
     dk, dv, k, v, q_base, d_base, lse2_row, delta_row, low, high, low_first, high_last,
     full_start, full_stop, cut_left, cut_total, stride_qt, stride_dt, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
     """Add the blocks of one head's queries that a bound of some key cuts."""
     cut = tl.arange(0, CUT)
@@ -291,10 +298,13 @@ def _dkv_cut_blocks(
         seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
         p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
         dout = load_rows(d_base, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
-        dp = product(v, tl.trans(dout), None, PRECISION)
-        dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-        delta = tl.load(delta_row + t + cut, mask=inside, other=0.0)
-        dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, seen, True, SOFTCAP, PRECISION)
+        if WITH_DK:
+            dp = product(v, tl.trans(dout), None, PRECISION)
+        if WITH_DV:
+            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
+        if WITH_DK:
+            delta = tl.load(delta_row + t + cut, mask=inside, other=0.0)
+            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, seen, True, SOFTCAP, PRECISION)
     return dk, dv
 
 
@@ -309,9 +319,12 @@ def attention_dkv_kernel(
     stride_gb, stride_gs, stride_gh,
     stride_bounds, T, S, H, GROUPS, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
-    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
     """One program computes dk and dv of BLOCK_N keys of one key/value head, summed over its GROUPS query heads.
+
+    WITH_DK, WITH_DV: what of it. At head dimension 256 both accumulators do not fit beside the operands of wgmma; two
+    launches form the scores twice, five products instead of four, and each runs at the full tensor rate.
 
     LOW, HIGH: int32 [B, S], the interval of queries that see each key.
     """
@@ -335,7 +348,7 @@ def attention_dkv_kernel(
             dk, dv, k, v, Q_DESC, DOUT_DESC, q_base + h.to(tl.int64) * stride_qh, d_base + h.to(tl.int64) * stride_dh,
             LSE2 + row, DELTA + row, b, h, full_start, full_stop,
             stride_qb, stride_qt, stride_qh, stride_db, stride_dt, stride_dh, scale, softcap,
-            D, BLOCK_D, BLOCK_M, SOFTCAP, TMA, PRECISION,
+            D, BLOCK_D, BLOCK_M, SOFTCAP, TMA, PRECISION, WITH_DK, WITH_DV,
         )  # fmt: skip
     # the bounds of single rows are needed, and held in registers, only from here on
     s = tl.minimum(start + tl.arange(0, BLOCK_N), last)
@@ -347,8 +360,10 @@ def attention_dkv_kernel(
         dk, dv = _dkv_cut_blocks(
             dk, dv, k, v, q_base + h.to(tl.int64) * stride_qh, d_base + h.to(tl.int64) * stride_dh, LSE2 + row,
             DELTA + row, low, high, low_first, high_last, full_start, full_stop, cut_left, cut_total,
-            stride_qt, stride_dt, scale, softcap, D, BLOCK_D, CUT, SOFTCAP, PRECISION,
+            stride_qt, stride_dt, scale, softcap, D, BLOCK_D, CUT, SOFTCAP, PRECISION, WITH_DK, WITH_DV,
         )  # fmt: skip
     offset = b * stride_gb + kv64 * stride_gh
-    store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
-    store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)
+    if WITH_DK:
+        store_rows(DK + offset, start, stride_gs, S, dk * scale, BLOCK_N, D, BLOCK_D)
+    if WITH_DV:
+        store_rows(DV + offset, start, stride_gs, S, dv, BLOCK_N, D, BLOCK_D)

@@ -65,15 +65,15 @@ def backward(
     dsink = q.new_zeros(0) if sink is None else torch.zeros_like(sink)
     if q.numel() == 0 or S == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsink
-    dq_tiles, dkv_tiles = (_tiles(kernel, q, geometry) for kernel in ("dq", "dkv"))
-    dq_shared, dkv_shared = (_shared(geometry, q, tiles) for tiles in (dq_tiles, dkv_tiles))
+    dq_tiles = _tiles("dq", q, geometry)
+    key_tiles = {kernel: _tiles(kernel, q, geometry) for kernel in _key_kernels(q)}
     lse2, delta = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(2))
     exact = stats.numel() > 0
     shift = stats[0] if exact else lse.contiguous()
     sizes = (T, S, H, H // K, geometry.scale, geometry.softcap)
     with _device(q):
         out, dout = _readable(out), _readable(dout)
-        q, scaled = _streamed(q, _room(dout) if exact else dout, dkv_tiles.tma)
+        q, scaled = _streamed(q, _room(dout) if exact else dout, any(tiles.tma for tiles in key_tiles.values()))
         k, v = _streamed(k, v, dq_tiles.tma)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scaled.stride()[:3])
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
@@ -86,13 +86,15 @@ def backward(
         )  # fmt: skip
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, dq_tiles.block_m) * B * H,)](
             *_descriptors((k, v), dq_tiles.block_n, dq_tiles.tma), q, k, v, scaled, lse2, delta, dq, low, high,
-            *strides, *dq.stride()[:3], stride_bounds, *sizes, **dq_shared,
+            *strides, *dq.stride()[:3], stride_bounds, *sizes, **_shared(geometry, q, dq_tiles),
         )  # fmt: skip
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=True)
-        backward_kernels.attention_dkv_kernel[(triton.cdiv(S, dkv_tiles.block_n) * B * K,)](
-            *_descriptors((q, scaled), dkv_tiles.block_m, dkv_tiles.tma), q, k, v, scaled, lse2, delta, dk, dv,
-            low, high, *strides, *dk.stride()[:3], stride_bounds, *sizes, **dkv_shared,
-        )  # fmt: skip
+        for kernel, tiles in key_tiles.items():
+            backward_kernels.attention_dkv_kernel[(triton.cdiv(S, tiles.block_n) * B * K,)](
+                *_descriptors((q, scaled), tiles.block_m, tiles.tma), q, k, v, scaled, lse2, delta, dk, dv, low, high,
+                *strides, *dk.stride()[:3], stride_bounds, *sizes, **_shared(geometry, q, tiles),
+                WITH_DK=kernel != "dv", WITH_DV=kernel != "dk",
+            )  # fmt: skip
     if sink is not None:
         dsink = sink_gradient(shift, delta, sink).to(sink.dtype)
     return dq, dk, dv, dsink
@@ -119,6 +121,11 @@ def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> tuning.Tiles:
     arch = tuning.architecture(q.device.type, q.device.index)
     D = q.shape[3]
     return tuning.lookup(kernel, arch, q.dtype, padded(D), geometry.softcap > 0, padded(D) > D)
+
+
+def _key_kernels(q: Tensor) -> tuple[str, ...]:
+    arch = tuning.architecture(q.device.type, q.device.index)
+    return tuning.key_kernels(arch, q.dtype, padded(q.shape[3]))
 
 
 def padded(D: int) -> int:

@@ -19,7 +19,7 @@ from megastage.kernels.launch import TRITON_MINOR
 from megastage.kernels.tuning import table
 
 TABLE = Path(__file__).parent / "tuning" / "flash_attention.json"
-KERNELS = ("forward", "dq", "dkv")
+KERNELS = ("forward", "dq", "dkv", "dk", "dv")
 MAX_HEAD_DIM = 256
 
 
@@ -49,19 +49,31 @@ def lookup(
     if config is None:
         plain = not softcap and not padded
         config = table.exact(op, arch, TRITON_MINOR, dtype, block_d) if plain else {}
-    shipped = _shipped(kernel, arch, 32 if dtype == torch.float32 else 16, block_d, softcap, padded)
+    shipped = _shipped(kernel, arch, _bits(dtype), block_d, softcap, padded)
     if not config:
         return shipped
     changed = {**shipped._asdict(), **config}
     return Tiles(**{**changed, "tma": bool(changed["tma"])})
 
 
+def key_kernels(arch: str, dtype: torch.dtype, block_d: int) -> tuple[str, ...]:
+    """What gives dk and dv: one kernel, "dkv", or two, "dk" and "dv", as the table's entry for the size says."""
+    return ("dkv",) if "dkv" in _shipped_entries(arch, _bits(dtype), block_d) else ("dk", "dv")
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return 32 if dtype == torch.float32 else 16
+
+
+def _shipped_entries(arch: str, bits: int, block_d: int) -> dict[str, dict]:
+    """By kernel; smaller head dimensions than the table's smallest use that one."""
+    heads = shipped_table()[arch][str(bits)]
+    return heads[str(min(int(d) for d in heads if int(d) >= block_d))]
+
+
 @functools.cache
 def _shipped(kernel: str, arch: str, bits: int, block_d: int, softcap: bool, padded: bool) -> Tiles:
-    """Smaller head dimensions than the table's smallest use that one."""
-    heads = shipped_table()[arch][str(bits)]
-    width = min(int(d) for d in heads if int(d) >= block_d)
-    entry = dict(heads[str(width)][kernel])
+    entry = dict(_shipped_entries(arch, bits, block_d)[kernel])
     changes = {key: entry.pop(key, {}) for key in ("triton", "padded", "softcap")}
     entry.update(changes["triton"].get(TRITON_MINOR, {}))
     if padded:

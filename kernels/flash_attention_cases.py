@@ -40,20 +40,23 @@ def _other_cases() -> Iterator[GateCase]:
     def case(name: str, exact: bool = False, **arguments: Any) -> GateCase:
         return GateCase(name, partial(run, **arguments), fast=False, form=True, exact=exact)
 
-    yield case("bf16 D64 MHA", D=64, heads="MHA")
-    for heads in ("MHA", "MQA", "one head"):
-        yield case(f"bf16 D128 {heads}", D=128, heads=heads)
+    for D in (64, 128, 256):
+        for heads in ("MHA", "MQA", "one head"):
+            yield case(f"bf16 D{D} {heads}", D=D, heads=heads)
     yield case("bf16 D128 odd length", D=128, tokens=TOKENS + 1)
     yield case("bf16 D128 one token", D=128, tokens=1)
     for layout in ("fused", "heads first", "far apart"):
         yield case(f"bf16 D128 {layout}", D=128, layout=layout)
     for D in (32, 72, 100, 192):  # below the table's smallest; copied to wider rows; padded to 256
         yield case(f"bf16 D{D}", D=D)
-    yield case("bf16 D128 softcap", D=128, softcap=30.0)
-    yield case("bf16 D128 sink", D=128, sink=True)
-    yield case("fp16 D128", D=128, dtype=torch.float16)
-    for D in (64, 128):
+    for D in (64, 96, 128, 256):
+        yield case(f"bf16 D{D} softcap", D=D, softcap=30.0)
+    for D in (64, 128, 256):
+        yield case(f"bf16 D{D} sink", D=D, sink=True)
+        yield case(f"fp16 D{D}", D=D, dtype=torch.float16)
+    for D in (64, 80, 128, 256):
         yield case(f"fp32 D{D}", D=D, dtype=torch.float32, exact=True)
+    yield case("fp32 D64 softcap and sink", D=64, softcap=30.0, sink=True, dtype=torch.float32, exact=True)
 
 
 def run(

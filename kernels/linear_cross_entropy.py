@@ -10,6 +10,7 @@ Letters: N tokens, D model width, V vocabulary rows of this rank; C x W one tile
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -302,12 +303,31 @@ def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 def _put_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, add: bool) -> None:
     """Store a @ b or add it, as a whole: in one chain with what is there each term would be rounded to the digits of
     the total. What is kept in 16 bit receives one product only."""
-    if add:
+    if add and out_MN.dtype != a_MK.dtype and adds_wide(out_MN.device, a_MK.dtype):
+        add_wide(out_MN, a_MK, b_KN)
+    elif add:
         out_MN += matmul_wide(a_MK, b_KN)
     elif out_MN.dtype == a_MK.dtype:
         torch.mm(a_MK, b_KN, out=out_MN)
     else:
         out_MN.copy_(matmul_wide(a_MK, b_KN))
+
+
+def add_wide(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """fp32 out += 16-bit a @ b inside the product: the matrix [V, D] of every chunk is not written, read and added."""
+    torch.ops.aten.addmm.dtype_out(out_MN, a_MK, b_KN, out_MN.dtype, out=out_MN)
+
+
+@cache
+def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has `add_wide` for the device, tried once: not for CPUs, and older ones want one dtype."""
+    eye = torch.eye(16, dtype=dtype, device=device)
+    out = torch.full((16, 16), 1 / 3, device=device)
+    try:
+        add_wide(out, eye, eye)
+    except RuntimeError:
+        return False
+    return torch.allclose(out, eye.float() + 1 / 3)
 
 
 def _merge(peak_C: Tensor, sums_C3: Tensor, tile_peak_C: Tensor, tile_sums_C3: Tensor) -> None:

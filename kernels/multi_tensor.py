@@ -45,7 +45,10 @@ def build(lists: Sequence[Sequence[Tensor]], block: int) -> Table:
     device = lists[0][0].device
     rows = [[x.data_ptr() for x in tensors] for tensors in zip(*lists)]
     aligned = all(address % 16 == 0 for row in rows for address in row)
-    return Table(torch.tensor(rows, device=device), _parts(lists[0], block, device), aligned)
+    # from pinned memory, which PyTorch keeps until the copy is done: a plain copy would wait for all that the GPU has
+    # yet to do, the whole backward pass, before the kernel could even be launched
+    addresses = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return Table(addresses, _parts(lists[0], block, device), aligned)
 
 
 def _parts(tensors: Sequence[Tensor], block: int, device: torch.device) -> Tensor:

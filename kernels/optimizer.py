@@ -130,7 +130,8 @@ def _check_tensors(lists: Sequence[Sequence[Tensor]], grad_scale: Tensor | None)
         raise ValueError(f"grad_scale must be one number, not {tuple(grad_scale.shape)}")
     places = {x.device for x in [*everything, *([] if grad_scale is None else [grad_scale])]}
     if len(places) > 1:
-        raise ValueError(f"the tensors lie on {sorted(map(str, places))}: they must share one device")
+        # the kernel gets addresses, and would read another device's as its own
+        raise ValueError(f"adamw_: tensors on {', '.join(sorted(map(str, places)))}: they must share one device")
 
 
 def _check_numbers(step: int | Tensor, betas: tuple[float, float], eps: float, seed: int) -> None:

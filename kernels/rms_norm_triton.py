@@ -89,8 +89,9 @@ def _default(D: int, backward: bool) -> dict[str, int]:
 
 def forward(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, x + residual or an empty tensor, 1/rms of each row in fp32)."""
-    D, weight_D = x.shape[-1], weight_D.contiguous()
+    D = x.shape[-1]
     x_ND, residual_ND = rows_of(x), None if residual is None else rows_of(residual)
+    weight_D = weight_D.contiguous()
     N = x_ND.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty_like(out)
@@ -111,8 +112,8 @@ def backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight_D: Tensor, rstd_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by the weight; `grad_total` (of x + residual) is added to the former."""
-    D, weight_D = x.shape[-1], weight_D.contiguous()
-    grad_ND, x_ND = rows_of(grad), rows_of(x)
+    D = x.shape[-1]
+    grad_ND, x_ND, weight_D = rows_of(grad), rows_of(x), weight_D.contiguous()
     total_ND = None if grad_total is None else rows_of(grad_total)
     N = x_ND.shape[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)

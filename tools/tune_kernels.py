@@ -60,11 +60,12 @@ def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
     """Packed documents of 2048 tokens, four query heads a group. dq and dkv are timed inside the whole backward."""
     from megastage.kernels import _attention_launch as launch
     from megastage.kernels._attention_reference import Geometry
-    from megastage.kernels._attention_tuning import architecture
+    from megastage.kernels._attention_tuning import architecture, key_kernels
 
     tokens, heads, groups = (48, 4, 2) if toy else (8192, 32, 4)
     cu_seqlens = torch.arange(0, tokens + 1, tokens // 4, dtype=torch.int32, device=device)[None]
-    has_tma = architecture(device.type, device.index) in ("sm_90", "sm_100")
+    arch = architecture(device.type, device.index)
+    has_tma = arch in ("sm_90", "sm_100")
     grid = {
         "block_m": (16, 32) if toy else (32, 64, 128), "block_n": (16, 32) if toy else (32, 64, 128),
         "cut": (16,) if toy else (16, 32, 64, 128), "num_warps": (4,) if toy else (4, 8),
@@ -81,10 +82,11 @@ def attention(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
             "forward": lambda q=q, k=k, v=v, args=args: launch.forward(q, k, v, *args),
             "backward": lambda x=(out, None, q, k, v, out, lse, stats), args=args: launch.backward(*x, *args),
         }
-        for kernel in ("forward", "dq", "dkv"):
-            streamed = "block_m" if kernel == "dkv" else "block_n"
+        by_keys = key_kernels(arch, dtype, launch.padded(D))
+        for kernel in ("forward", "dq", *by_keys):
+            streamed = "block_m" if kernel in by_keys else "block_n"
             fits = lambda config, streamed=streamed: config["cut"] <= config[streamed] <= 4 * config["cut"]
-            tma = (0, 1) if has_tma and kernel == "dkv" else (int(has_tma),)
+            tma = (0, 1) if has_tma and kernel in by_keys else (int(has_tma),)
             work = works["forward" if kernel == "forward" else "backward"]
             yield Subject(f"attention_{kernel}", D, work, {**grid, "tma": tma}, fits)
 
@@ -109,6 +111,7 @@ def flat(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subjec
 
 def pointwise(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[Subject]:
     from megastage.kernels import cross_entropy_triton, rms_norm_triton, swiglu_triton
+    from megastage.kernels.linear_cross_entropy import Rows
     from megastage.kernels.rope import rope_qk_op
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -140,12 +143,12 @@ def pointwise(device: torch.device, dtype: torch.dtype, toy: bool) -> Iterator[S
     labels = torch.zeros(logits.shape[0], dtype=torch.int64, device=device)
     grid = {"block": (1024, 2048, 4096, 8192), "num_warps": warps}
     peak, sums = cross_entropy_triton.tile_statistics(logits, labels, 0)
-    factor = 1 / sums[:, 0]
+    stats = Rows(peak, 1 / sums[:, 0], torch.zeros_like(peak))
     yield Subject("cross_entropy_statistics", W, lambda: cross_entropy_triton.tile_statistics(logits, labels, 0), grid)
     # bf16 output, so that the logits are not overwritten from one repetition to the next
     yield Subject(
         "cross_entropy_gradient", W,
-        lambda: cross_entropy_triton.tile_gradient(logits, labels, 0, peak, factor, torch.bfloat16), grid,
+        lambda: cross_entropy_triton.tile_gradient(logits, labels, 0, stats, torch.bfloat16), grid,
     )  # fmt: skip
 
 
@@ -153,9 +156,11 @@ def time_ms(work: Work, device: torch.device) -> float:
     """Best of several medians would flatter; the median of 20 calls it is."""
     work()
     times = []
+    wait = getattr(torch.cuda, "_sleep", lambda cycles: None)
     for _ in range(20 if device.type == "cuda" else 1):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            wait(2_000_000)  # about a millisecond, in which the host prepares the launch
             start.record()
             work()
             end.record()
@@ -221,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = next(kind for kind, name in table.DTYPE_NAMES.items() if name == options.dtype)
+    folder = Path(options.folder) if options.folder else table.FOLDER
+    if options.write:
+        folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {}
     for subject in subjects(device, dtype, options.dry_run):
         if options.op not in subject.op:
@@ -232,11 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = {"arch": arch, "triton": TRITON_MINOR, "dtype": kind, "dim": subject.dim}
         if config:
             found.setdefault(subject.op, []).append({**entry, "config": config})
+            if options.write:  # at once: a candidate that takes the GPU down takes nothing that was found before
+                merge(folder, subject.op, found[subject.op])
     if options.write:
-        folder = Path(options.folder) if options.folder else table.FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        for op, entries in found.items():
-            merge(folder, op, entries)
         print(f"wrote {sum(map(len, found.values()))} entries to {folder}; now run tools/kernel_gate.py")
     return 0
 

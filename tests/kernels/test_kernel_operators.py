@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from megastage.kernels import linear_cross_entropy as linear_cross_entropy_module
 from megastage.kernels.global_norm import sum_of_squares_op
 from megastage.kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -143,6 +144,32 @@ def test_flop_count(chunk_vocab, training, passes):
         if training:
             loss.backward()
     assert counter.get_total_flops() == passes * 2 * 5 * 4 * 7
+
+
+def test_the_weight_gradient_is_added_inside_the_product_where_pytorch_can(monkeypatch):
+    """On CUDA; here the operator's place is taken by what it means, or by one that overwrites."""
+    cpu, added = torch.device("cpu"), []
+
+    def adds(out, a, b):
+        added.append(out.shape)
+        out += a.float() @ b.float()
+
+    def verdict(operator):
+        monkeypatch.setattr(linear_cross_entropy_module, "add_wide", operator)
+        linear_cross_entropy_module.adds_wide.cache_clear()
+        return linear_cross_entropy_module.adds_wide(cpu, torch.bfloat16)
+
+    hidden, weight = torch.randn(9, 8).bfloat16(), torch.randn(5, 8).bfloat16().requires_grad_()
+    labels = torch.arange(9) % 5
+    loss = lambda: linear_cross_entropy(hidden, weight, labels, chunk_tokens=4, backend="torch")
+    assert not verdict(linear_cross_entropy_module.add_wide)  # no such operator on CPUs
+    (expected,) = torch.autograd.grad(loss(), weight)
+    assert not verdict(lambda out, a, b: out.copy_(a.float() @ b.float()))
+    assert verdict(adds)
+    (found,) = torch.autograd.grad(loss(), weight)
+    linear_cross_entropy_module.adds_wide.cache_clear()
+    assert added[1:] == [(5, 8)] * 3
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_no_gradient_means_no_gradient_work():

@@ -61,6 +61,19 @@ def test_slices_of_one_projection(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_norm_weight_with_gaps(backend):
+    """Every second number of a vector, of whose others nothing may be read."""
+    every = torch.full((24,), float("nan"))
+    every[::2] = torch.arange(12.0)
+    x, weight = draw(5, 12), every[::2].requires_grad_()
+    out = rms_norm(x, weight, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    normed = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(out, normed * torch.arange(12.0))
+    torch.testing.assert_close(grad, normed.sum(0))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rope_in_place_only_where_no_gradient_is_recorded(backend):
     q, k, angle, positions = draw(1, 3, 2, 8), draw(1, 3, 1, 8), draw(3, 4), torch.arange(3)[None]
     expected = rope_qk(q, k, angle.cos(), angle.sin(), positions, backend=backend)

@@ -1,10 +1,12 @@
 """AdamW against PyTorch's, and stochastic rounding against the statistics it promises."""
 
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
 
+from megastage.kernels import multi_tensor
 from megastage.kernels.optimizer import adamw_, random_words
 
 pytestmark = pytest.mark.usefixtures("guard")
@@ -47,6 +49,21 @@ def test_back_ends_draw_the_same_numbers(param, state, stochastic):
         found.append([x.float() for tensors in (mine[0], mine[2], mine[3]) for x in tensors])
     apart = torch.cat([(a - b).abs() > 1e-6 for a, b in zip(*found)])
     assert apart.float().mean() < 1e-3  # an fp32 result one ulp apart may round to another bf16
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-6)
+
+
+def test_every_list_has_its_own_dtype():
+    """bf16 parameters with fp32 gradients and states, as a mixed-precision reduction leaves them; and the other way."""
+    kinds = (torch.bfloat16, torch.float32)
+    found = []
+    for backend in ("triton", "torch"):
+        (wide, grads, means, squares), (narrow, *_) = lists(), lists(torch.bfloat16)
+        mixed = [[*narrow, *wide], [*grads, *(g.bfloat16() for g in grads)]]
+        mixed += [[x.clone() for x in (*states, *states)] for states in (means, squares)]
+        # stochastic: rounding to nearest bf16 is not modelled by the interpreter
+        adamw_(*mixed, step=2, lr=0.1, stochastic_rounding=True, seed=3, backend=backend)
+        assert [x.dtype for x in mixed[0]] == [kind for kind in kinds for _ in SIZES]
+        found.append([x.float() for tensors in (mixed[0], *mixed[2:]) for x in tensors])
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-6)
 
 
@@ -177,3 +194,22 @@ def test_roundings_of_other_seeds_and_of_other_shards_are_independent(backend):
     assert all(map(torch.equal, first, again))
     for a, b in ((first[0], first[1]), (first[0], other[0]), (first[1], other[1]), (first[0], other[1])):
         assert (4 * (a * b).mean()).abs() < 4.5 / 4096**0.5
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_tensors_on_two_devices_are_an_error_and_not_an_access_to_foreign_memory(place):
+    tensors = [torch.ones(5) for _ in range(4)] + [torch.ones(())]
+    tensors[place] = tensors[place].to("meta")
+    with pytest.raises(ValueError, match="cpu, meta"):
+        adamw_(*([x] for x in tensors[:4]), step=1, lr=0.1, grad_scale=tensors[4])
+
+
+def test_addresses_go_to_a_gpu_without_waiting_for_it():
+    """From pinned memory: a copy from pageable memory stops the host until the GPU has done all that came before."""
+    device = torch.device("cuda")
+    gradient = mock.Mock(wraps=torch.ones(8), device=device, shape=(8,), **{"data_ptr.return_value": 32})
+    with mock.patch.object(torch, "tensor") as tensor, mock.patch.object(multi_tensor, "_parts"):
+        table = multi_tensor.build([[gradient]], 8)
+    assert table.aligned
+    tensor.assert_called_once_with([[32]], dtype=torch.int64, pin_memory=True)
+    tensor.return_value.to.assert_called_once_with(device, non_blocking=True)

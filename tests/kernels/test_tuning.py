@@ -94,11 +94,33 @@ def test_merge_replaces_only_its_own(folder):
     assert found == [("sm_80", 64, 3), ("sm_90", 128, 7)]
 
 
+SUBJECTS = ("rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "cross_entropy_statistics",
+    "cross_entropy_gradient", "adamw", "global_norm", "attention_forward", "attention_dq", "attention_dkv")  # fmt: skip
+
+
+def test_every_kernel_is_tuned_by_a_call_that_runs(monkeypatch, capsys):
+    monkeypatch.setattr(tune_kernels, "tune", lambda subject, timer: (subject.work(), (None, 1.0, 1.0))[1])
+    assert tune_kernels.main(["--dry-run", "--dtype", "fp32"]) == 0
+    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert printed == set(SUBJECTS)
+
+
 def test_dry_run(tmp_path, capsys):
-    assert (
-        tune_kernels.main(["--dry-run", "--op", "rope", "--dtype", "fp32", "--write", "--folder", str(tmp_path)]) == 0
-    )
+    arguments = ["--dry-run", "--op", "rope", "--dtype", "fp32", "--write", "--folder", str(tmp_path)]
+    assert tune_kernels.main(arguments) == 0
     assert "rope 16: default" in capsys.readouterr().out
+
+
+def test_what_was_found_before_a_crash_is_written(tmp_path, monkeypatch):
+    def tune(subject, timer):
+        if subject.op == "swiglu":
+            raise RuntimeError("the GPU is gone")
+        return {"rows": 4}, 2.0, 1.0
+
+    monkeypatch.setattr(tune_kernels, "tune", tune)
+    with pytest.raises(RuntimeError, match="gone"):
+        tune_kernels.main(["--dry-run", "--dtype", "fp32", "--write", "--folder", str(tmp_path)])
+    assert [e["dim"] for e in json.loads((tmp_path / "rms_norm.json").read_text())] == [16, 24]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of a machine without CUDA")

@@ -18,7 +18,7 @@ from kernel_probe.compiler import gpu_target
 
 from megastage.kernels.registry import GateCase, KernelSpec
 
-TENSOR_KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
+TENSOR_KERNELS = ("attention_forward", "attention_dq", "attention_dkv", "attention_dk", "attention_dv")
 INDEX_KERNELS = ("intervals",)
 
 
@@ -67,7 +67,6 @@ def pretending(arch: str) -> Iterator[list[dict[str, Any]]]:
 def spec_of(request: dict[str, Any], arch: str, case: GateCase) -> KernelSpec:
     """The compile request of one launch in the registry's form."""
     fn, types, promises = request["fn"], request["signature"], request["configs"][0]
-    kernel = fn.fn.__name__.removesuffix("_kernel")
     signature, constants = {}, {}
     for i, (name, kind) in enumerate(types.items()):
         if kind == "constexpr":
@@ -75,6 +74,9 @@ def spec_of(request: dict[str, Any], arch: str, case: GateCase) -> KernelSpec:
         else:
             promised = [f"{'range' * (key == 'tt.pointer_range')}{value}" for key, value in promises.get((i,), [])]
             signature[name] = f"{kind}:{','.join(promised)}" if promised else kind
+    kernel = fn.fn.__name__.removesuffix("_kernel")
+    if "WITH_DK" in constants and not (constants["WITH_DK"] and constants["WITH_DV"]):
+        kernel = "attention_dk" if constants["WITH_DK"] else "attention_dv"
     settings = json.loads(request["specialization_data"])["options"]
     default = _default_options(arch)
     options = {
