@@ -28,8 +28,9 @@ def intervals_kernel(
     [B, rows]; limit: length of the other side. A binary search of STEPS finds the document; a row outside all
     documents gets an empty interval.
     """
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(rows, BLOCK)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     position = row if FOR_KEYS else row + q_offset
     if CU is None:
         known = row >= 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -16,7 +15,6 @@ from megastage.kernels._attention_common import intervals_kernel
 from megastage.kernels._attention_forward import attention_forward_kernel
 from megastage.kernels._attention_reference import Geometry, sink_gradient
 
-INTERPRETED = not isinstance(attention_forward_kernel, triton.runtime.JITFunction)
 INTERVAL_BLOCK = 256
 DELTA_BLOCK = 64
 # Offsets inside a tile are 32-bit: a row stride may not exceed this.
@@ -108,7 +106,7 @@ def intervals(
     rows, limit = (S, T) if for_keys else (T, S)
     B, entries = (1, 0) if cu_seqlens is None else cu_seqlens.shape
     low, high = (torch.empty((B, rows), dtype=torch.int32, device=q.device) for _ in range(2))
-    intervals_kernel[(triton.cdiv(rows, INTERVAL_BLOCK), B)](
+    intervals_kernel[(triton.cdiv(rows, INTERVAL_BLOCK) * B,)](
         cu_seqlens, low, high, 0 if cu_seqlens is None else cu_seqlens.stride(0),
         rows, limit, geometry.q_offset, geometry.window, entries,
         STEPS=entries.bit_length(), CAUSAL=geometry.causal, WINDOWED=geometry.window > 0, FOR_KEYS=for_keys,
@@ -208,13 +206,3 @@ def _descriptors(tensors: tuple[Tensor, Tensor], rows: int, tma: bool) -> list[T
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def require_interpreter() -> None:
-    """Without a GPU the kernels run only under Triton's interpreter."""
-    if not INTERPRETED:
-        state = os.environ.get("TRITON_INTERPRET", "unset")
-        raise ValueError(
-            f"attention backend 'triton' got CPU tensors, and TRITON_INTERPRET is {state}: "
-            "set TRITON_INTERPRET=1 before the start, or use backend 'torch' or 'auto'"
-        )

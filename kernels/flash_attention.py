@@ -19,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megastage.kernels import _attention_reference as reference
 from megastage.kernels._attention_reference import Geometry
+from megastage.kernels.dispatch import use_triton
 
-BACKENDS = ("auto", "triton", "torch")
 MAX_HEAD_DIM = 256
 _OPTIONS = "bool causal, float scale, SymInt q_offset, SymInt window, float softcap, str backend"
 
@@ -64,7 +64,7 @@ def attention(
     """
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q_BTHD, k_BSKD, v_BSKD, cu_seqlens_BC, sink_H, scale, window, softcap)
-    backend = _resolve(backend, q_BTHD)
+    backend = "triton" if use_triton(backend, q_BTHD.device, "flash_attention", q_BTHD.dtype) else "torch"
     if cu_seqlens_BC is not None:
         cu_seqlens_BC = cu_seqlens_BC.to(torch.int32).contiguous()
     out, lse, _ = attention_op(
@@ -96,19 +96,6 @@ def _check(
     for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
         if value is not None and not value > 0:
             raise ValueError(f"attention: {name} = {value} must be positive (None turns window and softcap off)")
-
-
-def _resolve(backend: str, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "triton" if q.is_cuda and q.dtype != torch.float64 else "torch"
-    if backend == "triton":
-        if q.dtype == torch.float64:
-            raise ValueError("attention backend 'triton' has no float64: use backend 'torch'")
-        if q.device.type == "cpu":
-            _launcher().require_interpreter()
-    return backend
 
 
 def _launcher():
