@@ -303,8 +303,8 @@ def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 def _put_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, add: bool) -> None:
     """Store a @ b or add it, as a whole: in one chain with what is there each term would be rounded to the digits of
     the total. What is kept in 16 bit receives one product only."""
-    if add and out_MN.dtype != a_MK.dtype and adds_wide(out_MN.device, a_MK.dtype):
-        add_wide(out_MN, a_MK, b_KN)
+    if out_MN.dtype != a_MK.dtype and adds_wide(out_MN.device, a_MK.dtype):
+        add_wide(out_MN if add else out_MN.zero_(), a_MK, b_KN)
     elif add:
         out_MN += matmul_wide(a_MK, b_KN)
     elif out_MN.dtype == a_MK.dtype:
