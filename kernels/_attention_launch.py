@@ -16,7 +16,7 @@ from megastage.kernels._attention_forward import attention_forward_kernel
 from megastage.kernels._attention_reference import Geometry, sink_gradient
 
 INTERVAL_BLOCK = 256
-DELTA_BLOCK = 64
+DELTA_BLOCK = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}  # products of fp32 are formed in fp64
 # Offsets inside a tile are 32-bit: a row stride may not exceed this.
 MAX_ROW_STRIDE = 2**31 // 256 - 1
 
@@ -75,11 +75,11 @@ def backward(
         k, v = _streamed(k, v, dq_tiles.tma)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scaled.stride()[:3])
         low, high, stride_bounds = intervals(cu_seqlens, q, S, geometry, for_keys=False)
-        backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK) * B * H,)](
+        backward_kernels.attention_delta_kernel[(triton.cdiv(T, DELTA_BLOCK[q.dtype]) * B * H,)](
             out, dout, shift, None if dlse is None else dlse.float().contiguous(), stats[1] if exact else None,
             lse2, delta, scaled if exact else None, low, high,
             *out.stride()[:3], *dout.stride()[:3], *scaled.stride()[:3], stride_bounds, T, H,
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK, HAS_DLSE=dlse is not None,
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_M=DELTA_BLOCK[q.dtype], HAS_DLSE=dlse is not None,
             LONE=sink is None and exact, enable_fp_fusion=True,
         )  # fmt: skip
         backward_kernels.attention_dq_kernel[(triton.cdiv(T, dq_tiles.block_m) * B * H,)](
@@ -94,7 +94,7 @@ def backward(
                 WITH_DK=kernel != "dv", WITH_DV=kernel != "dk",
             )  # fmt: skip
     if sink is not None:
-        dsink = sink_gradient(shift, delta, sink).to(sink.dtype)
+        dsink = sink_gradient(shift.double() if exact else shift, delta, sink).to(sink.dtype)
     return dq, dk, dv, dsink
 
 

@@ -120,21 +120,27 @@ def bars(files: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(files: Sequence[dict[str, Any]]) -> str:
-    """A line for each kernel and Triton: over all forms that the gate judged, the worst of every figure."""
-    lines = []
+    """The static bars, then a table for each Triton."""
+    lines = bars(files)
     for file in files:
         failed = sum(bool(entry["problems"]) for entry in file["kernels"])
         lines += ["", f"Triton {file['triton']}: {len(file['kernels'])} forms, {failed} failed.", ""]
-        archs = list(dict.fromkeys(entry["arch"] for entry in file["kernels"]))
-        lines += ["| kernel | " + " | ".join(archs) + " |", "|" + "---|" * (1 + len(archs))]
-        found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for entry in file["kernels"]:
-            wide = entry["kernel"].startswith("attention") and "fp32" in entry["case"]
-            row = found.setdefault(entry["kernel"] + (", fp32" if wide else ""), {})
-            row.setdefault(entry["arch"], []).append(entry)
-        for name, row in found.items():
-            lines.append(f"| {name} | " + " | ".join(worst(row.get(arch, [])) for arch in archs) + " |")
-    return "\n".join(lines[1:])
+        lines += summary_table(file["kernels"])
+    return "\n".join(lines)
+
+
+def summary_table(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each kernel: over all forms that the gate judged, the worst of every figure."""
+    archs = list(dict.fromkeys(entry["arch"] for entry in entries))
+    lines = ["| kernel | " + " | ".join(archs) + " |", "|" + "---|" * (1 + len(archs))]
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for entry in entries:
+        wide = entry["kernel"].startswith("attention") and "fp32" in entry["case"]
+        row = found.setdefault(entry["kernel"] + (", fp32" if wide else ""), {})
+        row.setdefault(entry["arch"], []).append(entry)
+    return lines + [
+        f"| {name} | " + " | ".join(worst(row.get(a, [])) for a in archs) + " |" for name, row in found.items()
+    ]
 
 
 def worst(entries: Sequence[dict[str, Any]]) -> str:
