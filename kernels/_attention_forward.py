@@ -113,8 +113,7 @@ def attention_forward_kernel(
     K_DESC, V_DESC, Q, K, V, OUT, LSE, PEAK, TOTAL, SINK, LOW, HIGH,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_ot, stride_oh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh,
     stride_bounds, T, S, H, GROUPS, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CUT: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,11 +157,10 @@ def attention_forward_kernel(
         acc, total, top, q, k_base, v_base, low, high, low_first, high_last, full_start, full_stop, cut_left, cut_total,
         stride_ks, stride_vs, scale, softcap, D, BLOCK_D, CUT, SOFTCAP, PRECISION,
     )  # fmt: skip
-    total = tl.sum(total, 1)
     empty = low >= high
-    total = tl.where(empty, 1.0, total)
-    out = acc / total[:, None]
-    store_rows(OUT + b * stride_ob + h.to(tl.int64) * stride_oh, start, stride_ot, T, out, BLOCK_M, D, BLOCK_D)
+    total = tl.where(empty, 1.0, tl.sum(total, 1))
+    out_base = OUT + b * stride_ob + h.to(tl.int64) * stride_oh
+    store_rows(out_base, start, stride_ot, T, acc / total[:, None], BLOCK_M, D, BLOCK_D)
     row = bh.to(tl.int64) * T + t
     if PEAK is None:
         lse = (top + tl.math.log2(total)) * (1.0 / LOG2E)
