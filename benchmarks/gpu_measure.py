@@ -165,9 +165,8 @@ def median_ms(run: Callable[[], object], device: torch.device) -> float:
         run()
         return (time.perf_counter() - start_s) * 1e3
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    wait = getattr(
-        torch.cuda, "_sleep", lambda cycles: None
-    )  # not documented: without it, short calls show their launch
+    # not documented: without it, short calls show their launch
+    wait = getattr(torch.cuda, "_sleep", lambda cycles: None)
     times: list[float] = []
     wanted = 1
     while len(times) < wanted:

@@ -223,17 +223,30 @@ def _dkv_probability(
 
 
 @triton.jit
-def _dkv_gradient(
-    p, capped, q, dk, lse2, delta, dp, seen, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
-):
-    if q.dtype == tl.float32:
-        dp = tl.where(_lone(lse2)[None, :], 0.0, dp)
-    ds = p * (dp - delta[None, :])
-    if SOFTCAP:
-        ds = ds * (1.0 - capped * capped)
-    if MASKED:
-        ds = tl.where(seen, ds, 0.0)
-    return product(ds.to(q.dtype), q, dk, PRECISION)
+def _dkv_add(
+    dk, dv, p, capped, q, v, dout, lse2, deltas, inside, seen,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
+):  # fmt: skip
+    """Add what a block of queries gives. deltas: where theirs lie, those `inside` for masked blocks, loaded only where
+    they are used."""
+    if WITH_DK:
+        dp = product(v, tl.trans(dout), None, PRECISION)
+    if WITH_DV:
+        dv = product(p.to(dout.dtype), dout, dv, PRECISION)
+    if WITH_DK:
+        if MASKED:
+            delta = tl.load(deltas, mask=inside, other=0.0)
+        else:
+            delta = tl.load(deltas)
+        if q.dtype == tl.float32:
+            dp = tl.where(_lone(lse2)[None, :], 0.0, dp)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        if MASKED:
+            ds = tl.where(seen, ds, 0.0)
+        dk = product(ds.to(q.dtype), q, dk, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -254,13 +267,10 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_block(DOUT_DESC, d_row + t, h, stride_dh, BLOCK_M, D, BLOCK_D)
-            if WITH_DK:
-                dp = product(v, tl.trans(dout), None, PRECISION)
-            if WITH_DV:
-                dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-            if WITH_DK:
-                delta = tl.load(delta_row + t + m)
-                dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
+            dk, dv = _dkv_add(
+                dk, dv, p, capped, q, v, dout, lse2, delta_row + t + m, m, m, False,
+                SOFTCAP, PRECISION, WITH_DK, WITH_DV,
+            )  # fmt: skip
     else:
         q_pointers = row_pointers(q_base, full_start, stride_qt, BLOCK_M, BLOCK_D)
         d_pointers = row_pointers(d_base, full_start, stride_dt, BLOCK_M, BLOCK_D)
@@ -269,13 +279,10 @@ def _dkv_full_blocks(
             lse2 = tl.load(lse2_row + t + m)
             p, capped = _dkv_probability(q, k, lse2, m, scale, softcap, False, SOFTCAP, PRECISION)
             dout = load_tile(d_pointers, D, BLOCK_D)
-            if WITH_DK:
-                dp = product(v, tl.trans(dout), None, PRECISION)
-            if WITH_DV:
-                dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-            if WITH_DK:
-                delta = tl.load(delta_row + t + m)
-                dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, m, False, SOFTCAP, PRECISION)
+            dk, dv = _dkv_add(
+                dk, dv, p, capped, q, v, dout, lse2, delta_row + t + m, m, m, False,
+                SOFTCAP, PRECISION, WITH_DK, WITH_DV,
+            )  # fmt: skip
             q_pointers += BLOCK_M * stride_qt
             d_pointers += BLOCK_M * stride_dt
     return dk, dv
@@ -298,13 +305,10 @@ def _dkv_cut_blocks(
         seen = ((t + cut)[None, :] < high[:, None]) & ((t + cut)[None, :] >= low[:, None])
         p, capped = _dkv_probability(q, k, lse2, seen, scale, softcap, True, SOFTCAP, PRECISION)
         dout = load_rows(d_base, t, stride_dt, low_first, high_last, CUT, D, BLOCK_D, True)
-        if WITH_DK:
-            dp = product(v, tl.trans(dout), None, PRECISION)
-        if WITH_DV:
-            dv = product(p.to(dout.dtype), dout, dv, PRECISION)
-        if WITH_DK:
-            delta = tl.load(delta_row + t + cut, mask=inside, other=0.0)
-            dk = _dkv_gradient(p, capped, q, dk, lse2, delta, dp, seen, True, SOFTCAP, PRECISION)
+        dk, dv = _dkv_add(
+            dk, dv, p, capped, q, v, dout, lse2, delta_row + t + cut, inside, seen, True,
+            SOFTCAP, PRECISION, WITH_DK, WITH_DV,
+        )  # fmt: skip
     return dk, dv
 
 

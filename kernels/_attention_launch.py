@@ -13,7 +13,7 @@ from megastage.kernels import _attention_backward as backward_kernels
 from megastage.kernels import _attention_tuning as tuning
 from megastage.kernels._attention_common import intervals_kernel
 from megastage.kernels._attention_forward import attention_forward_kernel
-from megastage.kernels._attention_reference import Geometry, sink_gradient
+from megastage.kernels._attention_reference import Geometry
 
 INTERVAL_BLOCK = 256
 DELTA_BLOCK = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}  # products of fp32 are formed in fp64
@@ -94,8 +94,15 @@ def backward(
                 WITH_DK=kernel != "dv", WITH_DV=kernel != "dk",
             )  # fmt: skip
     if sink is not None:
-        dsink = sink_gradient(shift.double() if exact else shift, delta, sink).to(sink.dtype)
+        dsink = _sink_gradient(shift.double() if exact else shift, delta, sink).to(sink.dtype)
     return dq, dk, dv, dsink
+
+
+def _sink_gradient(shift: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
+    """Gradient of the sink logits [H]: minus its probability times delta, over all queries that see a key. shift: the
+    log-sum-exp, or the largest score where delta is divided by the sum."""
+    p = torch.where(shift > -torch.inf, (sink.to(shift.dtype)[:, None] - shift).exp(), 0.0)
+    return -(p * delta).sum((0, 2))
 
 
 def intervals(

@@ -104,12 +104,6 @@ def _without_lone(dout: Tensor, bounds: list[int] | None, geometry: Geometry, dv
     return dout.index_fill(0, lone, 0.0)
 
 
-def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
-    """Gradient of the sink logits [H]: minus its probability times delta, over all queries that see a key."""
-    p = torch.where(lse > -math.inf, (sink.to(lse.dtype)[:, None] - lse).exp(), 0.0)
-    return -(p * delta).sum((0, 2))
-
-
 def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -62,6 +62,13 @@ def same_device(op: str, **tensors: torch.Tensor) -> None:
         raise ValueError(f"{op} takes tensors of one device, not {places}")
 
 
+def one_device(op: str, tensors: Iterable[torch.Tensor]) -> None:
+    """As `same_device`, for lists of tensors without names."""
+    places = sorted({str(x.device) for x in tensors})
+    if len(places) > 1:
+        raise ValueError(f"{op}: tensors on {', '.join(places)}: they must share one device")
+
+
 def triton_version() -> str | None:
     """Installed Triton version, None without one. AMD's builds have another distribution name."""
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megastage.kernels import _attention_reference as reference
 from megastage.kernels._attention_reference import Geometry
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import same_device, use_triton
 
 MAX_HEAD_DIM = 256
 _OPTIONS = "bool causal, float scale, SymInt q_offset, SymInt window, float softcap, str backend"
@@ -86,9 +86,8 @@ def _check(
         raise ValueError(f"attention: head dimension {q.shape[3]} is outside 1..{MAX_HEAD_DIM}")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise ValueError(f"attention: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: give one floating dtype")
-    devices = {x.device for x in (q, k, v, cu_seqlens, sink) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"attention: tensors on {', '.join(sorted(map(str, devices)))}: they must share one device")
+    named = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "sink": sink}
+    same_device("attention", **{name: x for name, x in named.items() if x is not None})
     if cu_seqlens is not None and (cu_seqlens.dim() != 2 or cu_seqlens.shape[0] != q.shape[0]):
         raise ValueError(f"attention: cu_seqlens {list(cu_seqlens.shape)}: expected [B={q.shape[0]}, bounds]")
     if sink is not None and sink.shape != (q.shape[2],):

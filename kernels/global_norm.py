@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megastage.kernels.dispatch import use_triton
+from megastage.kernels.dispatch import one_device, use_triton
 
 
 def sum_of_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -21,8 +21,7 @@ def sum_of_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tenso
     tensors = [x.detach() for x in tensors if x.numel()]
     if not tensors:
         return torch.zeros(())
-    if len({x.device for x in tensors}) > 1:
-        raise ValueError(f"the tensors lie on {sorted({str(x.device) for x in tensors})}: they must share one device")
+    one_device("sum_of_squares", tensors)
     kernel: list[Tensor] = []
     plain: list[Tensor] = []
     for x in tensors:

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from megastage.kernels.dispatch import one_device
+
 _KEPT: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 _KEPT_MOST = 32
 
@@ -31,9 +33,7 @@ def check_lists(*lists: Sequence[Tensor]) -> None:
     sizes = [[x.numel() for x in tensors] for tensors in lists]
     if any(size != sizes[0] for size in sizes):
         raise ValueError("the lists of tensors must match in length and in the number of elements of each tensor")
-    devices = {x.device for tensors in lists for x in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"the tensors lie on {sorted(map(str, devices))}: they must share one device")
+    one_device("lists of tensors", (x for tensors in lists for x in tensors))
     for tensors in lists:
         for x in tensors:
             if not x.is_contiguous():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megastage.kernels.dispatch import KERNEL_DTYPES, use_triton
+from megastage.kernels.dispatch import KERNEL_DTYPES, one_device, use_triton
 
 MASK32 = 0xFFFFFFFF
 
@@ -128,10 +128,7 @@ def _check_tensors(lists: Sequence[Sequence[Tensor]], grad_scale: Tensor | None)
         raise ValueError("exp_avg and exp_avg_sq of a parameter must share one dtype")
     if grad_scale is not None and grad_scale.numel() != 1:
         raise ValueError(f"grad_scale must be one number, not {tuple(grad_scale.shape)}")
-    places = {x.device for x in [*everything, *([] if grad_scale is None else [grad_scale])]}
-    if len(places) > 1:
-        # the kernel gets addresses, and would read another device's as its own
-        raise ValueError(f"adamw_: tensors on {', '.join(sorted(map(str, places)))}: they must share one device")
+    one_device("adamw_", everything if grad_scale is None else [*everything, grad_scale])
 
 
 def _check_numbers(step: int | Tensor, betas: tuple[float, float], eps: float, seed: int) -> None:

@@ -33,7 +33,6 @@ What the gate asks for, and how the figures are counted: [kernels.md](kernels.md
 causal, full, windowed, offset and packed-document attention, and all of them launch the same compiled kernel. Without
 `--plain` the gate also judges what is not shown here: sm_86, other head dimensions, numbers of heads, lengths and
 layouts, softcap, sink, fp16, and that fp32 compiles and fits."""
-MAIN_KERNELS = ("attention_forward", "attention_dq", "attention_dkv", "attention_dk", "attention_dv")
 MAIN_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 PLAIN_ATTENTION = re.compile(r"bf16 D(64|80|96|128|256)")
 NOTES = {
@@ -66,13 +65,15 @@ def cell(entry: dict[str, Any] | None) -> str:
 
 def groups(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """What the page shows: every kernel at every listed size on the main chips."""
+    from kernel_probe.launches import TENSOR_KERNELS
+
     found: dict[str, list[dict[str, Any]]] = {"attention": [], "others": []}
     for entry in entries:
         if entry["arch"] not in MAIN_ARCHITECTURES or (
             entry["kernel"].startswith("attention") and not PLAIN_ATTENTION.fullmatch(entry["case"])
         ):
             continue
-        is_main = entry["kernel"] in MAIN_KERNELS
+        is_main = entry["kernel"] in TENSOR_KERNELS
         found["attention" if is_main else "others"].append(entry)
     return found
 
